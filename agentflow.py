@@ -4,38 +4,38 @@
     ...     async def post(self, ctx, prepared, result):
     ...         ctx["final_output"] = "Hello " + ctx["name"]
     >>> Registry.add("greet", Greet)
-    >>> graphs = Registry({"hello": {"nodes": [{"id": "greet", "type": "greet"}]}})
+    >>> flows = Registry({"hello": {"nodes": [{"id": "greet", "type": "greet"}]}})
     >>> async def main():
-    ...     run = await graphs["hello"].run({"name": "Ada"})
+    ...     run = await flows["hello"].run({"name": "Ada"})  # or executor=RedisExecutor(url)
     ...     return await run.result()
     >>> asyncio.run(main())
     'Hello Ada'
 
 The words, each with an example:
 
-    flow      a graph of nodes and edges                       graphs["hello"], from hello.json
-    node      one step: prep reads, exec works, post writes    {"id": "greet", "type": "greet"}
-    edge      leads from node to node, for one action          {"source": "review", "action": "more", ...}
-    action    what a node answers; the edges that carry it     "default", "more", "error"
-    context   the run's data: string keys, JSON values         {"name": "Ada"}
-    run       one execution of a flow                          "5f0c..."
-    token     a mark at a node: it waits there, has come back  {"greet": "8d1f..."}
-              to the head of a loop, or is active (its id)
-    job       one activation of one node, run/node/token;      "5f0c.../greet/8d1f..."
-              what the queue moves, and the idempotency key for the world outside
+    flow      a graph of nodes and edges                        flows["hello"]
+    node      one step: prep reads, exec works, post writes     "greet"
+    edge      leads from a node to the next, for one action     review --more--> plan
+    action    what a node answers                               "default", "more", "error"
+    context   a run's data: string keys, JSON values            {"name": "Ada"}
+    run       one execution of a flow                           "5f0c1a..."
+    token     a mark at a node: "waiting", "returned" to the    {"greet": "8d1f03..."}
+              head of a loop, or, once active, a random id
+    job       one activation of one node: run/node/token;       "5f0c1a.../greet/8d1f03..."
+              what the queue moves, and an idempotency key
     visit     the how-many-th activation since the node's loop was entered; 1 outside of loops
-    executor  where a flow runs: InMemoryExecutor, RedisExecutor, or your own
+    executor  where a flow runs: InMemoryExecutor, RedisExecutor, or one of your own
 
 What holds, whatever is killed, whenever:
 
     I1  A node may execute more than once; its effect on the run commits exactly once.
-    I2  Every active token of a running run is in exactly one place: the ready list, one
-        worker's processing list, or parked.
-    I3  A run that can move moves; a run that cannot says why. No job is dropped in silence.
+    I2  Each active token of a running run is in exactly one place: the ready list, one worker's
+        processing list, or parked.
+    I3  A run that can move moves; one that cannot says why. No job is dropped in silence.
     I4  Every executor gives the same context and commits the same (node, visit, action).
     I5  No key outlives its TTL; a finished run leaves nothing else behind.
 
-The sections: 1 Context, 2 Node, 3 Flow and the rule, 4 Registry, 5 In memory,
+Sections: 1 Context, 2 Node, 3 Flow and the one rule, 4 Registry, 5 In memory,
 6 Redis: keys and scripts, 7 Redis: starting and steering runs, 8 Redis: the worker.
 """
 
@@ -50,10 +50,8 @@ import os
 import random
 import re
 import secrets
-import signal
 import socket
 import time
-from collections import deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -64,24 +62,23 @@ from collections.abc import (
     Mapping,
 )
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import redis.asyncio
+from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoScriptError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 log = logging.getLogger("agentflow")
 
 MAX_VALUE = 1024 * 1024  # characters of one value's JSON text
-MAX_NODES = 2_000  # nodes, and as many edges five times, in one graph
-MAX_STEPS = 10_000  # activations in one run; a loop that never ends, ends here
+MAX_NODES = 2_000  # in a graph, and five times as many edges
+MAX_STEPS = 10_000  # activations in a run: a loop without an end, ends here
 MAX_DEPTH = 16  # runs within runs
-PATIENCE = 600.0  # seconds for which a server may ask us to come back later
-SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # ids become parts of Redis keys and of jobs
+PATIENCE = 600.0  # seconds for which an overloaded server is asked again
+SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # ids become parts of jobs and of Redis keys
 
 
 class GraphError(ValueError):
@@ -93,16 +90,16 @@ class GraphError(ValueError):
 
 
 class RunError(Exception):
-    """For who started a run: it cannot start, has failed or was cancelled; the text says why."""
+    """For who started a run: why it cannot start, has failed, or cannot be steered like that."""
 
 
 class Permanent(Exception):
-    """Raised by a node's exec: what went wrong cannot get better, so it is not tried again."""
+    """Raised in exec: what went wrong cannot get better, so it is not tried again."""
 
 
 class TryLater(Exception):
-    """Raised by a node's exec: the other side is busy. Tried again after `after` seconds, or
-    after the usual back-off, for ten minutes at most."""
+    """Raised in exec: the other side is overloaded. Tried again after `after` seconds, or the
+    usual back-off, for ten minutes at most."""
 
     def __init__(self, text: str, after: float | None = None) -> None:
         super().__init__(text)
@@ -176,7 +173,7 @@ class Field(NamedTuple):
     """A field in a graph file: what it must be (a key of KINDS), and what it is for."""
 
     kind: str
-    about: str
+    about: str = ""
     required: bool = False
 
 
@@ -276,6 +273,11 @@ class Outcome(NamedTuple):
     usage: dict[str, int]
     seconds: float
 
+    def event(self, node: str, visit: int) -> dict[str, Any]:
+        """What is recorded of it."""
+        event = {"node": node, "visit": visit, "action": self.action, "usage": self.usage}
+        return event | {"seconds": round(self.seconds, 3)}
+
 
 Retrying = Callable[[str, float], Awaitable[None]]  # is told why a node waits, and how long
 
@@ -344,10 +346,16 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, retrying: Retrying)
 #   A loop's next round starts when its present round is over.
 #
 # So a join waits for exactly the branches that were taken. (In the literature: van der Aalst's
-# synchronizing merge, BPMN's inclusive gateway.) Sets of nodes are bit masks, Python ints.
+# synchronizing merge, BPMN's inclusive gateway.) Sets of nodes are bit masks: Python ints.
 
-WAITING, RETURNED = "waiting", "returned"  # marks of tokens; any other mark is an active one's id
-COLOURS = {"done": "#d5f5d5", "active": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
+WAITING, RETURNED = "waiting", "returned"  # any other mark is the id of an active token
+
+
+class State(NamedTuple):
+    """Where a run stands: all that the rule reads, and makes anew."""
+
+    tokens: dict[str, str]  # node: mark
+    visits: dict[str, int]  # node in a loop: its activations since the loop was entered
 
 
 class Loop(NamedTuple):
@@ -355,145 +363,142 @@ class Loop(NamedTuple):
 
     head: str
     members: set[str]
-    body: set[str]  # the members and their side work, which only they lead to while going on
-    entries: set[tuple[str, str]]  # edges that lead into it elsewhere than to its head
-
-
-class State(NamedTuple):
-    """Where a run stands: what the rule reads and makes anew. `tokens` is node: mark, `visits` is
-    node: activations since its loop was entered (nodes in loops only)."""
-
-    tokens: dict[str, str]
-    visits: dict[str, int]
-
-    def visit(self, node: str) -> int:
-        """The present visit of a node."""
-        return self.visits.get(node, 1)
+    body: set[str]  # the members and their side work: a notification, a log
+    entries: set[tuple[str, str]]  # edges into it elsewhere than at the head
 
 
 class Flow:
-    """A graph of nodes, ready to run; made by a Registry. GraphError where it is not sound."""
+    """A graph of nodes, ready to run; made by a Registry."""
 
     def __init__(self, id: str, graph: Mapping[str, Any], registry: Registry) -> None:
         self.id = id
+        self.graph = graph
         self.registry = registry
-        self.description: str = graph.get("description", "")
-        self.inputs: dict[str, Any] = graph.get("inputs") or {}
+        self.inputs: dict[str, Any] = graph.get("inputs", {})
         self.targets: dict[str, dict[str, list[str]]] = {str(n["id"]): {} for n in graph["nodes"]}
-        for edge in graph.get("edges") or []:
-            by_action = self.targets[str(edge["source"])]
-            targets = by_action.setdefault(edge.get("action") or DEFAULT, [])
+        for edge in graph.get("edges", []):
+            targets = self.targets[str(edge["source"])].setdefault(edge.get("action", DEFAULT), [])
             if str(edge["target"]) not in targets:
                 targets.append(str(edge["target"]))
         self.nodes: dict[str, Node] = {}
         for spec in graph["nodes"]:
-            node_id = str(spec["id"])
-            self.nodes[node_id] = Registry.types[spec["type"]](self, spec, [*self.targets[node_id]])
+            actions = [*self.targets[str(spec["id"])]]
+            self.nodes[str(spec["id"])] = Registry.types[spec["type"]](self, spec, actions)
         self._analyse()
-        self.needs = self._find_needs()
 
     async def run(
         self,
-        inputs: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] = {},
         executor: Executor | None = None,
         dry_run: bool = False,
     ) -> Run:
-        """Start a run with these inputs over the graph's own; in this process unless told
+        """Start a run with these inputs over the graph's own, in this process unless told
         otherwise. RunError where an input is missing or not JSON."""
-        return await (executor or InMemoryExecutor()).run(self, inputs or {}, dry_run)
+        return await (executor or InMemoryExecutor()).run(self, inputs, dry_run)
 
-    def first(self, stamp: str) -> tuple[State, list[str]]:
-        """The state of a new run, and its start nodes, active under the id `stamp`."""
-        return self._activate({node: WAITING for node in self.starts}, {}, stamp)
+    def begin(self, inputs: Mapping[str, Any]) -> dict[str, str]:
+        """A new run's context, as JSON texts. RunError where an input is missing or not JSON."""
+        if missing := sorted(self.needs - self.inputs.keys() - inputs.keys()):
+            mend = " ".join(f"--input {name}=..." for name in missing)
+            raise RunError(f'flow "{self.id}" lacks an input: {", ".join(missing)}; give {mend}')
+        ctx = Context({})
+        try:
+            for name, value in {**self.inputs, **inputs}.items():
+                ctx[name] = value
+        except ValueError as error:
+            raise RunError(f'flow "{self.id}": input: {error}') from None
+        return ctx.changes
 
-    def advance(self, state: State, node: str, action: str, stamp: str) -> tuple[State, list[str]]:
-        """The state after an active node has finished with an action, and the nodes that this
-        made active, under the id `stamp`. Pure: the same in every executor, every time."""
+    def first(self, id: str) -> tuple[State, list[str]]:
+        """The state of a new run, and its start nodes, active under this id."""
+        return self._activate(dict.fromkeys(self.starts, WAITING), {}, id)
+
+    def advance(self, state: State, node: str, action: str, id: str) -> tuple[State, list[str]]:
+        """The state after an active node has ended with an action, and the nodes that this made
+        active, under this id. Pure: every executor gets the same. RunError would be a bug."""
         tokens = dict(state.tokens)
         del tokens[node]
         for target in self.targets[node].get(action, ()):
             if tokens.get(target, WAITING) not in (WAITING, RETURNED):
-                raise RunError(f'node "{target}" was reached again while active; please report it')
+                raise RunError(f'node "{target}" was reached while active; please report this')
             tokens[target] = RETURNED if (node, target) in self._back else WAITING
-        state, ready = self._activate(tokens, state.visits, stamp)
-        if state.tokens and all(mark in (WAITING, RETURNED) for mark in state.tokens.values()):
-            raise RunError(f"every token waits ({state.tokens}) and none can run; please report it")
+        state, ready = self._activate(tokens, state.visits, id)
+        if tokens and not set(state.tokens.values()) - {WAITING, RETURNED}:
+            raise RunError(f"all tokens wait, {tokens}, and none may run; please report this")
         return state, ready
 
     def _activate(
-        self, tokens: dict[str, str], visits: dict[str, int], stamp: str
+        self, tokens: dict[str, str], visits: dict[str, int], id: str
     ) -> tuple[State, list[str]]:
-        busy = returned = 0
-        for node, mark in tokens.items():
-            if mark == RETURNED:
-                returned |= self._bit[node]
-            else:
-                busy |= self._bit[node]
+        returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
+        busy = self._mask(tokens) & ~returned
         ready: list[str] = []
         for node, mark in tokens.items():
-            # A token that has come back belongs to the round that ends: those in its loop do not
-            # wait for it, those behind the loop do.
-            seen = busy | returned & ~self._heads[node]
-            if mark == WAITING and not seen & self._upstream[node]:
+            # A token that has come back belongs to the round that ends: what is in the same loop
+            # does not wait for it, what is behind the loop does.
+            others = busy | returned & ~self._heads[node]
+            if mark == WAITING and not others & self._upstream[node]:
                 ready.append(node)
-            elif mark == RETURNED and not seen & (self._upstream[node] | self._body[node]):
+            elif mark == RETURNED and not others & (self._upstream[node] | self._body[node]):
                 ready.append(node)
-        if self.loops and ready:
-            visits = dict(visits)
         for node in ready:
-            if tokens[node] == WAITING and node in self._body:  # its loop is entered from outside
-                for inner in [n for n in visits if self._bit[n] & self._body[node]]:
-                    del visits[inner]
+            if tokens[node] == WAITING and node in self._body:  # enters its loop from outside
+                inside = self._body[node]
+                visits = {n: count for n, count in visits.items() if not self._bit[n] & inside}
             if self._heads[node]:
-                visits[node] = visits.get(node, 0) + 1
-            tokens[node] = stamp
+                visits = {**visits, node: visits.get(node, 0) + 1}
+            tokens[node] = id
         return State(tokens, visits), ready
 
+    # What the rule reads, found once, when the flow is built.
+
     def _analyse(self) -> None:
-        """Find start nodes, loops and what is upstream of what; once, when the flow is built."""
         self._bit = {node: 1 << i for i, node in enumerate(self.nodes)}
-        edges = {
-            (source, target): None  # a dict for its order
-            for source, by_action in self.targets.items()
-            for targets in by_action.values()
-            for target in targets
-        }
-        reach = self.reach = self._upstream_along(edges)
+        leads = {node: self._targets_of(node) for node in self.nodes}
+        edges = [(source, target) for source in leads for target in leads[source]]
+        self.reach = self._upstream_along(edges)
         self.starts = [
             node
             for node, bit in self._bit.items()
-            if reach[node] & (bit - 1) == 0  # none before it in the file leads to it ...
-            and all(reach[other] & bit for other in self.members(reach[node]))  # ... but from it
+            if not self.reach[node] & (bit - 1)  # nothing before it in the file leads to it, and
+            and all(self.reach[n] & bit for n in self.members(self.reach[node]))  # all from it
         ]
-        order = {node: i for i, node in enumerate(self.starts)}  # breadth-first, in file order
-        queue = deque(order)
-        while queue:
-            for targets in self.targets[queue.popleft()].values():
-                queue += (new := [target for target in targets if target not in order])
-                order |= {target: len(order) + i for i, target in enumerate(new)}
+        order = {node: None for node in self.starts}  # breadth-first, in file order
+        for node in (queue := [*order]):
+            queue += [target for target in leads[node] if target not in order]
+            order |= dict.fromkeys(leads[node])
+        edges = [(source, target) for source in order for target in leads[source]]
+        # A loop nesting forest (Steensgaard 1993): a cycle's head is its member that is reached
+        # first; without the edges back to the heads, the same again finds the loops inside.
         self.loops: list[Loop] = []
         self._back: set[tuple[str, str]] = set()
-        ahead = edges = {edge: None for edge in sorted(edges, key=lambda edge: order[edge[0]])}
-        # A loop nesting forest (Steensgaard): the head of a cycle is the member that is reached
-        # first; without the edges back to the heads, the same again finds the loops inside.
-        while loops := [*self._cycles(order, ahead)]:
+        while loops := [*self._outermost(order, [e for e in edges if e not in self._back])]:
             self.loops += loops
-            self._back |= {(s, t.head) for t in loops for s in t.members if (s, t.head) in ahead}
-            ahead = {edge: None for edge in ahead if edge not in self._back}
+            self._back |= {(node, loop.head) for loop in loops for node in loop.members}
         self._body = {loop.head: self._mask(loop.body) for loop in self.loops}
         self._heads = {
             node: self._mask(loop.head for loop in self.loops if node in loop.body)
             for node in self.nodes
         }
-        # Upstream of a node: without the edges back to the heads of the loops that it is in.
+        # Upstream of a node: what leads to it without an edge back to the head of a loop it is in.
         self._upstream: dict[str, int] = {}
         for heads in set(self._heads.values()):
             kept = [e for e in edges if e not in self._back or not heads & self._bit[e[1]]]
-            along = self._upstream_along(kept)
-            self._upstream |= {n: along[n] for n in self.nodes if self._heads[n] == heads}
+            upstream = self._upstream_along(kept)
+            self._upstream |= {n: upstream[n] for n in self.nodes if self._heads[n] == heads}
 
-    def _upstream_along(self, edges: Iterable[tuple[str, str]]) -> dict[str, int]:
-        """For each node, the mask of the nodes from which these edges lead to it."""
+    def _targets_of(self, node: str) -> list[str]:
+        return [*dict.fromkeys(t for targets in self.targets[node].values() for t in targets)]
+
+    def _mask(self, nodes: Iterable[str]) -> int:
+        return sum(self._bit[node] for node in nodes)
+
+    def members(self, mask: int) -> list[str]:
+        """The nodes of a bit mask, in file order."""
+        return [node for node, bit in self._bit.items() if mask & bit]
+
+    def _upstream_along(self, edges: list[tuple[str, str]]) -> dict[str, int]:
+        """For each node the mask of those from which these edges lead to it."""
         upstream = dict.fromkeys(self.nodes, 0)
         before: dict[str, int] = {}
         while upstream != before:
@@ -502,192 +507,140 @@ class Flow:
                 upstream[target] |= upstream[source] | self._bit[source]
         return upstream
 
-    def _cycles(self, order: Iterable[str], edges: Iterable[tuple[str, str]]) -> Iterator[Loop]:
-        """The outermost loops along these edges."""
+    def _outermost(self, order: Iterable[str], edges: list[tuple[str, str]]) -> Iterator[Loop]:
+        """The loops along these edges that are in no other."""
         reach = self._upstream_along(edges)
         seen: set[str] = set()
         for head in order:
-            if head in seen or not reach[head] & self._bit[head]:
-                continue
-            members = {n for n in self.members(reach[head]) if reach[n] & self._bit[head]}
-            seen |= members
-            entries = {(s, t) for s, t in edges if s not in members and t in members - {head}}
-            yield Loop(head, members, members | self._side_work(members), entries)
+            if head not in seen and reach[head] & self._bit[head]:
+                members = {n for n in self.members(reach[head]) if reach[n] & self._bit[head]}
+                seen |= members
+                entries = {(s, t) for s, t in edges if s not in members and t in members - {head}}
+                yield Loop(head, members, members | self._side_work(members), entries)
 
     def _side_work(self, members: set[str]) -> set[str]:
         """What is reached from a loop only by edges whose action goes on inside it too, and from
-        nowhere else: a notification, a log."""
+        nowhere else."""
         side = set(self.nodes) - members - set(self.starts)
-        while True:
-            left = {
-                target
-                for source, by_action in self.targets.items()
-                for targets in by_action.values()
-                for target in targets
-                if source not in members | side
-                or source in members
-                and not members.intersection(targets)
-            }
-            if not side & left:
-                return side
-            side -= left
+        size = -1
+        while size != len(side):
+            size = len(side)
+            for source, by_action in self.targets.items():
+                for targets in by_action.values():
+                    goes_on = source in members and members.intersection(targets)
+                    if not goes_on and source not in side:
+                        side.difference_update(targets)
+        return side
 
-    def _mask(self, nodes: Iterable[str]) -> int:
-        return sum(self._bit[node] for node in nodes)
+    # What the checks, and who starts a run, want to know.
 
-    def members(self, mask: int) -> list[str]:
-        """The nodes in a bit mask, in file order."""
-        return [node for node, bit in self._bit.items() if mask & bit]
+    @cached_property
+    def needs(self) -> set[str]:
+        """The keys that only who starts a run can give: a node reads them, but no node that leads
+        to it writes them, and the graph has no default."""
+        writes = {node: step.writes() for node, step in self.nodes.items()}
+        needs: set[str] = set()
+        for node, step in self.nodes.items():
+            given = set(self.inputs).union(*(writes[n] for n in self.members(self.reach[node])))
+            for paths in step.inputs.values():
+                keys = [path.partition("/")[0] for path in paths]
+                needs |= set() if given.intersection(keys) else {keys[0]}
+        return needs
+
+    def children(self, certain: bool = False) -> list[str]:
+        """The flows that it runs as children; if `certain`, those that no choice avoids."""
+        nodes = [*self.starts] if certain else [*self.nodes]
+        for node in nodes if certain else ():
+            if len(self.targets[node].keys() - {ERROR}) == 1:
+                nodes += [target for target in self._targets_of(node) if target not in nodes]
+        runs = [run for node in nodes for run in self.nodes[node].runs().items()]
+        return sorted({flow for flow, always in runs if always or not certain})
 
     def one_token_in(self, loop: Loop) -> bool:
         """Whether only one token can ever be in a loop, which may then be entered anywhere."""
         leads = {*loop.members, *self.members(self.reach[loop.head])}
-        forks = [ts for node in leads for ts in self.targets[node].values()]
-        return len(self.starts) == 1 and not any(len(leads.intersection(ts)) > 1 for ts in forks)
-
-    def begin(self, inputs: Mapping[str, Any]) -> dict[str, str]:
-        """The values of a new run's context, as JSON texts: the inputs over the graph's own.
-        RunError where one is missing or not JSON."""
-        if missing := sorted(self.needs - self.inputs.keys() - inputs.keys()):
-            mend = " ".join(f"--input {name}=..." for name in missing)
-            raise RunError(f'flow "{self.id}" needs the input {", ".join(missing)}; add {mend}')
-        ctx = Context({})
-        try:
-            for name, value in {**self.inputs, **inputs}.items():
-                ctx[name] = value
-        except ValueError as error:
-            raise RunError(f'flow "{self.id}", inputs: {error}') from None
-        return ctx.changes
-
-    def children(self, certain: bool = False) -> set[str]:
-        """The flows that it runs as children; only those that no choice can avoid if `certain`."""
-        nodes = [*self.starts] if certain else [*self.nodes]
-        for node in nodes if certain else ():
-            if len(self.targets[node].keys() - {ERROR}) == 1:
-                nodes += [t for ts in self.targets[node].values() for t in ts if t not in nodes]
-        runs = [run for node in nodes for run in self.nodes[node].runs().items()]
-        return {flow for flow, always in runs if always or not certain}
-
-    def _find_needs(self) -> set[str]:
-        """The context keys that only who starts a run can give: no node that leads to their
-        reader writes them, and the graph's inputs lack them."""
-        writes = {node: self.nodes[node].writes() for node in self.nodes}
-        needs = set()
-        for node, step in self.nodes.items():
-            given = set(self.inputs).union(*(writes[n] for n in self.members(self.reach[node])))
-            for paths in step.inputs.values():
-                keys = [path.split("/")[0] for path in paths]
-                if not given.intersection(keys):
-                    needs.add(keys[0])
-        return needs
+        forks = [targets for node in leads for targets in self.targets[node].values()]
+        return len(self.starts) == 1 and all(len(leads.intersection(ts)) < 2 for ts in forks)
 
     def may_overlap(self, one: str, other: str) -> bool:
-        """Whether two nodes may run at the same time: neither is upstream of the other, and they
-        do not hang on different actions of one node."""
-        a, b = self._bit[one], self._bit[other]
-        if a & self._upstream[other] or b & self._upstream[one]:
+        """Whether two nodes may be active at the same time: neither is upstream of the other, and
+        no node chooses between them."""
+        if (self._bit[one] & self._upstream[other]) or (self._bit[other] & self._upstream[one]):
             return False
-        return not any(self._chooses(node, one, other) for node in self.nodes)
+        return not any(
+            self._chooses(n, {one, other}) for n in self.nodes if len(self.targets[n]) > 1
+        )
 
-    def _chooses(self, node: str, one: str, other: str) -> bool:
-        """Whether each run of a node leads to at most one of two others."""
-        if len(self.targets[node]) < 2 or node in (one, other):
+    def _chooses(self, node: str, ends: set[str]) -> bool:
+        """Whether both ends are reached through a node only, and by different actions of it."""
+        if node in ends or ends & self._reached(self.starts, node):
             return False
-        around = self._reached(self.starts, node)
-        if one in around or other in around:
-            return False
-        reached = {a: self._reached(ts, node) for a, ts in self.targets[node].items()}
-        # In a loop that one of the two is behind, an action that also goes on could be followed by
-        # the other's action in the next round, while the first one's token still waits.
-        for end in (one, other):
-            if any(node in loop.body and end not in loop.body for loop in self.loops):
-                if any(end in found and node in found for found in reached.values()):
-                    return False
-        return not any(one in found and other in found for found in reached.values())
+        reached = [self._reached(targets, node) for targets in self.targets[node].values()]
+        if any(node in loop.body and ends - loop.body for loop in self.loops):
+            # One end is behind a loop that the node is in: an action that also goes on in the loop
+            # might be followed by the other end's, while the first one's token still waits.
+            if any(node in found and ends & found for found in reached):
+                return False
+        return all(len(ends & found) < 2 for found in reached)
 
-    def _reached(self, sources: Iterable[str], without: str) -> set[str]:
-        """The nodes that are reached from some, themselves included, not going on behind one."""
-        found: set[str] = set()
-        queue = [*sources]
-        while queue:
-            node = queue.pop()
-            if node not in found:
-                found.add(node)
-                if node != without:
-                    queue += [t for targets in self.targets[node].values() for t in targets]
-        return found
+    def _reached(self, sources: Iterable[str], stop: str) -> set[str]:
+        """These nodes and what they lead to, without going on behind `stop`."""
+        found: dict[str, None] = dict.fromkeys(sources)
+        for node in (queue := [*found]):
+            if node != stop:
+                queue += [target for target in self._targets_of(node) if target not in found]
+                found |= dict.fromkeys(self._targets_of(node))
+        return {*found}
 
 
 # ── 4. Registry ──────────────────────────────────────────────────────────────────────────────
-# Which node types there are, and which graphs. A graph is checked before it can run, every
+# Which node types there are, and which graphs. A graph is checked before it can run: every
 # finding at once, each with its file, place and mend.
 
 Finding = tuple[str, str]  # the place in the file, and what is wrong there
 
 
 def _texts(value: Any) -> bool:
+    """Whether it is a string, or a list of some, none of them empty."""
     values = value if isinstance(value, list) else [value]
     return bool(values) and all(isinstance(text, str) and text for text in values)
 
 
-def _number(value: Any, most: float, *types: type) -> bool:
-    return type(value) in types and 0 <= value <= most
+def _safe_id(value: Any) -> bool:
+    return type(value) in (str, int) and SAFE_ID.fullmatch(str(value)) is not None
 
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "text": ("a string that is not empty", lambda value: isinstance(value, str) and value != ""),
-    "id": (
-        "1 to 128 letters, digits, dots, dashes or underscores",
-        lambda value: type(value) in (str, int) and bool(SAFE_ID.fullmatch(str(value))),
-    ),
+    "id": ("1 to 128 letters, digits, dots, dashes or underscores", _safe_id),
+    "text": ("a string that is not empty", lambda v: isinstance(v, str) and v != ""),
     "inputs": (
         "an object of name: key, or name: list of keys",
-        lambda value: isinstance(value, dict) and all(map(_texts, value.values())),
+        lambda v: isinstance(v, dict) and all(map(_texts, v.values())),
     ),
-    "object": ("an object", lambda value: isinstance(value, dict)),
-    "list": ("a list", lambda value: isinstance(value, list)),
-    "count": ("a whole number from 0 to 1000", lambda value: _number(value, 1000, int)),
-    "seconds": ("seconds, at most 86400", lambda value: _number(value, 86400, int, float)),
-    "any": ("a JSON value", lambda value: True),
+    "object": ("an object", lambda v: isinstance(v, dict)),
+    "list": ("a list", lambda v: isinstance(v, list)),
+    "count": ("a whole number from 0 to 1000", lambda v: type(v) is int and 0 <= v <= 1000),
+    "seconds": ("seconds, at most 86400", lambda v: type(v) in (int, float) and 0 < v <= 86400),
+    "any": ("a JSON value", lambda v: True),
 }
-GRAPH = {
-    "description": Field("text", "one line, for --list"),
-    "inputs": Field("object", "default inputs, which whoever starts a run may override"),
-    "nodes": Field("list", "the steps", True),
-    "edges": Field("list", "what follows on what"),
-}
-NODE = {
-    "id": Field("id", "unique in the graph; the key of its result", True),
-    "type": Field("text", "a name in the registry", True),
-    "data": Field("object", "the fields of its type"),
-    "config": Field("object", "retries and timeout"),
-}
-CONFIG = {
-    "retries": Field("count", "how often a failed exec is tried again (2)"),
-    "timeout": Field("seconds", "how long one exec may take (120)"),
-}
-DATA = {
-    "inputs": Field(
-        "inputs", "name: context key, path into it, or list, of which the first counts"
-    ),
-    "example": Field("any", "the answer in a dry run"),
-}
-EDGE = {
-    "source": Field("id", "the node that it leaves", True),
-    "target": Field("id", "the node that it leads to", True),
-    "action": Field("text", "the action that it is for (default)"),
-}
+GRAPH = {"nodes": Field("list", required=True), "edges": Field("list")}
+GRAPH |= {"description": Field("text"), "inputs": Field("object"), "expect": Field("object")}
+NODE = {"id": Field("id", required=True), "type": Field("text", required=True)}
+NODE |= {"data": Field("object"), "config": Field("object")}
+EDGE = {"source": Field("id", required=True), "target": Field("id", required=True)}
+EDGE |= {"action": Field("text")}
+CONFIG = {"retries": Field("count"), "timeout": Field("seconds")}
+DATA = {"inputs": Field("inputs"), "example": Field("any")}
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """A hint for a name that is unknown: the nearest one, else all that there are."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, 1)
-    return f'did you mean "{near[0]}"?' if near else f"there is {', '.join(names) or 'none'}"
+    """A hint for an unknown name: the nearest one, else all that there are."""
+    near = difflib.get_close_matches(str(name), known := sorted(known), 1)
+    return f'did you mean "{near[0]}"?' if near else f"there is {', '.join(known) or 'none'}"
 
 
 def check_fields(place: str, given: Any, fields: Mapping[str, Field]) -> Iterator[Finding]:
-    """What is wrong with an object in a graph file, by the table of its fields."""
+    """What is wrong with one object in a graph file, by the table of its fields."""
     if not isinstance(given, dict):
         yield place, f"must be an object, not {encode(given):.80}"
         return
@@ -702,40 +655,42 @@ def check_fields(place: str, given: Any, fields: Mapping[str, Field]) -> Iterato
 
 
 def check_parts(graph: Any) -> Iterator[Finding]:
-    """What is wrong with a graph's parts, each by itself; a Flow can be built where nothing is."""
-    yield from (findings := [*check_fields("$", graph, GRAPH)])
-    if findings:
+    """What is wrong with a graph's parts, each by itself; without findings, Flow can be built."""
+    if bad := [*check_fields("$", graph, GRAPH)]:
+        yield from bad
         return
     nodes, edges = graph["nodes"], graph.get("edges", [])
     if not 1 <= len(nodes) <= MAX_NODES or len(edges) > 5 * MAX_NODES:
-        yield "$.nodes", f"must be 1 to {MAX_NODES} nodes, with at most {5 * MAX_NODES} edges"
-    seen: set[str] = set()
+        yield "$.nodes", f"must be 1 to {MAX_NODES}, with at most {5 * MAX_NODES} edges"
+    ids: set[str] = set()
     for i, node in enumerate(nodes):
         place = f"$.nodes[{i}]"
-        yield from (findings := [*check_fields(place, node, NODE)])
-        if findings:
+        if bad := [*check_fields(place, node, NODE)]:
+            yield from bad
             continue
-        if str(node["id"]) in seen:
-            yield f"{place}.id", f'"{node["id"]}" is the id of another node too; give it its own'
-        seen.add(str(node["id"]))
+        if str(node["id"]) in ids:
+            yield f"{place}.id", f'"{node["id"]}" is the id of another node, too; choose a new one'
+        ids.add(str(node["id"]))
         yield from check_fields(f"{place}.config", node.get("config", {}), CONFIG)
         if node["type"] in Registry.types:
             fields = DATA | Registry.types[node["type"]].fields
             yield from check_fields(f"{place}.data", node.get("data", {}), fields)
         else:
-            hint = nearest(node["type"], Registry.types)
-            yield f"{place}.type", f'no node type "{node["type"]:.80}"; {hint}; --import adds more'
+            hint = f"{nearest(node['type'], Registry.types)}; --import adds more"
+            yield f"{place}.type", f'there is no node type "{node["type"]:.80}"; {hint}'
     for i, edge in enumerate(edges):
         place = f"$.edges[{i}]"
-        yield from (findings := [*check_fields(place, edge, EDGE)])
-        for end in () if findings else ("source", "target"):
-            if str(edge[end]) not in seen:
-                yield f"{place}.{end}", f'"{edge[end]}" is not a node; {nearest(edge[end], seen)}'
+        bad = [*check_fields(place, edge, EDGE)]
+        yield from bad
+        for end in () if bad else ("source", "target"):
+            if str(edge[end]) not in ids:
+                yield f"{place}.{end}", f'"{edge[end]}" is not a node; {nearest(edge[end], ids)}'
 
 
-def check_flow(flow: Flow, graph: Mapping[str, Any]) -> Iterator[Finding]:
+def check_flow(flow: Flow) -> Iterator[Finding]:
     """What is wrong with a flow as a whole."""
     places = {node: f"$.nodes[{i}]" for i, node in enumerate(flow.nodes)}
+    users: dict[str, list[Node]] = {}
     for node in flow.nodes.values():
         data = f"{places[node.id]}.data"
         for name in node.names():
@@ -750,32 +705,34 @@ def check_flow(flow: Flow, graph: Mapping[str, Any]) -> Iterator[Finding]:
             if child not in flow.registry:
                 yield f"{data}.workflowId", f'no flow "{child}"; {nearest(child, flow.registry)}'
         yield from ((f"{data}{place}", text) for place, text in node.check())
+        for key in node.reads() | node.writes():
+            users.setdefault(key, []).append(node)
     for loop in flow.loops:
-        inside = [ts for node in loop.members for ts in flow.targets[node].values()]
-        plain = all(DEFAULT in flow.targets[node] for node in loop.members)
-        if plain and all(loop.members.intersection(targets) for targets in inside):
+        inside = [targets for node in loop.members for targets in flow.targets[node].values()]
+        if all(DEFAULT in flow.targets[node] for node in loop.members) and all(
+            loop.members.intersection(targets) for targets in inside
+        ):
             yield places[loop.head], f'the loop of "{loop.head}" has no way out; give it one'
-        for i, edge in enumerate(graph.get("edges", [])):
+        for i, edge in enumerate(flow.graph.get("edges", [])):
             ends = (str(edge["source"]), str(edge["target"]))
             if ends in loop.entries and not flow.one_token_in(loop):
-                head = f'the loop of "{loop.head}" elsewhere than at its head'
-                mend = f'a second node like "{ends[1]}", outside of the loop'
-                yield f"$.edges[{i}]", f'"{ends[0]}" leads into {head}; use {mend}'
-    for writer in flow.nodes.values():
-        for node in flow.nodes.values():
-            keys = writer.writes() & (node.reads() | node.writes())
-            if keys and node is not writer and flow.may_overlap(writer.id, node.id):
-                both = f'"{writer.id}" writes {sorted(keys)}, which "{node.id}" uses'
-                yield places[node.id], f"{both}, and both may run at the same time; use other keys"
+                where = f'the loop of "{loop.head}" elsewhere than at its head'
+                mend = f'let it lead to a node of its own instead of "{ends[1]}"'
+                yield f"$.edges[{i}]", f'"{ends[0]}" leads into {where}; {mend}'
+    for key, nodes in users.items():
+        for one, other in ((a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :]):
+            if key in one.writes() | other.writes() and flow.may_overlap(one.id, other.id):
+                both = f'"{one.id}" and "{other.id}" may run at the same time, and one writes'
+                yield places[other.id], f'{both} the key "{key}", which the other one uses (I4)'
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON: ValueError also for NaN, a key that stands twice, and nesting too deep."""
+    """Strict JSON: ValueError also for NaN, for a key that stands twice, for deep nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {max(names, key=names.count)!r:.80} stands twice")
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r:.80} stands twice in an object")
         return dict(pairs)
 
     def refuse(constant: str) -> Any:
@@ -788,10 +745,8 @@ def parse_json(text: str) -> Any:
 
 
 class Registry(Mapping[str, Flow]):
-    """Flows by id, each built and checked, together with its sub-flows, when it is asked for.
-
-    GraphError, with every finding, from `registry[id]` where a flow cannot run.
-    """
+    """Flows by id, each built and checked, with its sub-flows, when it is first asked for; that
+    raises GraphError, with every finding, where a flow cannot run."""
 
     types: ClassVar[dict[str, type[Node]]] = {}
 
@@ -810,7 +765,7 @@ class Registry(Mapping[str, Flow]):
             try:
                 graphs[file.stem] = parse_json(file.read_text("utf-8"))
             except (ValueError, OSError) as error:
-                graphs[file.stem] = error  # a finding, once somebody asks for this flow
+                graphs[file.stem] = error  # a finding for who asks for this flow
         return cls(graphs, f"{folder}/")
 
     def __init__(self, graphs: Mapping[str, Any], folder: str = "") -> None:
@@ -828,46 +783,37 @@ class Registry(Mapping[str, Flow]):
         return id in self.graphs
 
     def __getitem__(self, id: str) -> Flow:
-        if id in self._flows:
-            return self._flows[id]
-        findings: list[str] = []
-        flows: dict[str, Flow] = {}
-        wanted = [id]
-        for flow_id in wanted:
-            for place, text in self._build(flow_id, flows):
-                findings.append(f"{self.folder}{flow_id}.json: {place}: {text}")
-            if flow_id in flows:
-                children = sorted(flows[flow_id].children() & self.graphs.keys())
-                wanted += [child for child in children if child not in wanted]
-        for flow_id in flows:
-            certain = [flow_id]
-            for child in certain:
-                found = flows[child].children(certain=True) if child in flows else ()
-                certain += [c for c in found if c not in certain[1:]]
-            if flow_id in certain[1:]:
-                text = "runs itself as a sub-workflow, for ever; let a node choose"
-                findings.append(f"{self.folder}{flow_id}.json: $: {text}")
-        if findings:
-            raise GraphError(findings)
-        self._flows |= flows
-        return flows[id]
+        if id not in self._flows:
+            self._build(id)
+        return self._flows[id]
 
-    def _build(self, id: str, flows: dict[str, Flow]) -> Iterator[Finding]:
-        graph = self.graphs.get(id, KeyError(f"there is no such file; {nearest(id, self)}"))
-        if isinstance(graph, Exception):
-            yield "$", f"cannot be read as JSON: {graph}"
-            return
-        yield from (findings := [*check_parts(graph)])
+    def _build(self, id: str) -> None:
+        findings: list[tuple[str, Finding]] = []
+        flows: dict[str, Flow] = {}
+        for flow_id in (wanted := [id]):
+            graph = self.graphs.get(flow_id, KeyError(f"no such file; {nearest(flow_id, self)}"))
+            if isinstance(graph, Exception):
+                findings.append((flow_id, ("$", f"cannot be read as JSON: {graph}")))
+            elif bad := [*check_parts(graph)]:
+                findings += [(flow_id, finding) for finding in bad]
+            else:
+                flow = flows[flow_id] = Flow(flow_id, graph, self)
+                findings += [(flow_id, finding) for finding in check_flow(flow)]
+                wanted += [c for c in flow.children() if c in self and c not in wanted]
+        for flow_id in flows:
+            for child in (certain := [flow_id]):
+                more = flows[child].children(certain=True) if child in flows else []
+                certain += [c for c in more if c not in certain[1:]]
+            if flow_id in certain[1:]:
+                findings.append((flow_id, ("$", "it runs itself for ever; let a node choose")))
         if findings:
-            return
-        flow = flows[id] = Flow(id, graph, self)
-        yield from check_flow(flow, graph)
+            raise GraphError([f"{self.folder}{f}.json: {place}: {t}" for f, (place, t) in findings])
+        self._flows |= flows
 
     def bundle(self, id: str) -> tuple[str, str]:
-        """What a run carries: a SHA-256, and the JSON of a flow's graph and its sub-flows'."""
-        wanted = [id]
-        for flow_id in wanted:
-            wanted += [c for c in sorted(self[flow_id].children()) if c not in wanted]
+        """What a run carries: the JSON of a flow's graph and its sub-flows', and its SHA-256."""
+        for flow_id in (wanted := [id]):
+            wanted += [child for child in self[flow_id].children() if child not in wanted]
         text = encode({flow_id: self.graphs[flow_id] for flow_id in sorted(wanted)})
         return hashlib.sha256(text.encode()).hexdigest(), text
 
@@ -881,25 +827,25 @@ Event = dict[str, Any]  # what happened: "event", "run", "flow", and what belong
 
 @dataclass
 class Status:
-    """Where a run stands. `result` is its final_output, or its whole context without one."""
+    """Where a run stands. `result` is its final_output, or without one its whole context."""
 
     run: str
     flow: str
     status: str
-    result: Any = None
-    context: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-    usage: dict[str, int] = field(default_factory=dict)  # model tokens, by kind
-    tokens: dict[str, str] = field(default_factory=dict)  # node: mark
+    result: Any
+    context: dict[str, Any]
+    error: str
+    usage: dict[str, int]  # model tokens, by kind
+    tokens: dict[str, str]  # node: mark
 
 
 class Run:
-    """One execution of a flow; an executor gives it a way to follow it."""
+    """One execution of a flow, from outside."""
 
     id: str
 
     def events(self) -> AsyncIterator[Event]:
-        """What has happened, from the start, and then what happens, until the run has ended."""
+        """What has happened, from the start, and what happens, until the run has ended."""
         raise NotImplementedError
 
     async def status(self) -> Status:
@@ -910,10 +856,10 @@ class Run:
         """Wait for the end and give the result; RunError where the run failed or was cancelled."""
         async for _ in self.events():
             pass
-        status = await self.status()
-        if status.status != COMPLETED:
-            raise RunError(failure_of(self.id, status.flow, status.status, status.error))
-        return status.result
+        end = await self.status()
+        if end.status != COMPLETED:
+            raise RunError(failure_of(self.id, end.flow, end.status, end.error))
+        return end.result
 
 
 class Executor(Protocol):
@@ -924,12 +870,12 @@ class Executor(Protocol):
 
 
 def new_id() -> str:
-    """A random id: of a run, of a worker, of a run's version and the tokens made with it."""
+    """A random id: of a run, of a worker, of a version of a run and the tokens it activates."""
     return secrets.token_hex(8)
 
 
 def child_id(job: str, index: int) -> str:
-    """The id of a job's child run: the same each time, so that starting it twice starts it once."""
+    """The id of a job's child run: always the same, so that starting it twice starts it once."""
     return hashlib.sha256(f"{job}/{index}".encode()).hexdigest()[:32]
 
 
@@ -942,8 +888,13 @@ def result_of(values: Mapping[str, str], gives: list[str] | None = None) -> str:
 
 
 def failure_of(id: str, flow: str, status: str, error: str) -> str:
-    """What is said of a run that has not completed, to its parent and to whoever waits for it."""
+    """What is said of a run that has not completed: to its parent, and to who waits for it."""
     return f'run {id} of "{flow}" {status}: {error}'
+
+
+def event_of(event: str, id: str, flow: str, **more: Any) -> Event:
+    """An event of a run; what is not known of it is left out."""
+    return {"event": event, "run": id, "flow": flow} | {k: v for k, v in more.items() if v}
 
 
 class InMemoryExecutor:
@@ -958,23 +909,18 @@ class InMemoryExecutor:
 
 
 class MemoryRun(Run):
-    """A run in this process, or a child of one."""
+    """A run in this process, or a child of one; made, it runs."""
 
     def __init__(
-        self,
-        id: str,
-        flow: Flow,
-        values: dict[str, str],
-        dry_run: bool,
-        slots: asyncio.Semaphore,
+        self, id: str, flow: Flow, values: dict[str, str], dry_run: bool, slots: asyncio.Semaphore,
         parent: MemoryRun | None = None,
-    ) -> None:
-        self.id = id
-        self._flow, self._values, self._dry_run, self._slots = flow, values, dry_run, slots
+    ) -> None:  # fmt: skip
+        self.id, self._flow, self._values = id, flow, values
+        self._dry_run, self._slots = dry_run, slots
         self._status, self._error, self._steps = RUNNING, "", 0
         self._depth: int = parent._depth + 1 if parent else 0
         self._root: MemoryRun = parent._root if parent else self
-        self._usage: dict[str, int] = {}  # of the children, too, where this is the root
+        self._usage: dict[str, int] = {}  # in a root: that of its children, too
         self._log: list[Event] = []  # likewise
         self._news = asyncio.Event()  # set, and replaced, whenever something has happened
         self._tasks: set[asyncio.Task[None]] = set()
@@ -984,43 +930,36 @@ class MemoryRun(Run):
         self._queue(ready)
 
     async def events(self) -> AsyncIterator[Event]:
-        """What has happened, from the start, and then what happens, until the run has ended."""
+        """What has happened, from the start, and what happens, until the run has ended."""
         seen = 0
         while self._status == RUNNING or seen < len(self._log):
-            news = self._news
             if seen == len(self._log):
-                await news.wait()
+                await self._news.wait()
             for event in self._log[seen:]:
                 seen += 1
                 yield event
 
     async def status(self) -> Status:
         """Where the run stands now."""
-        return Status(
-            self.id,
-            self._flow.id,
-            self._status,
-            json.loads(result_of(self._values)) if self._status == COMPLETED else None,
-            {key: json.loads(text) for key, text in self._values.items()},
-            self._error,
-            self._usage,
-            self._state.tokens,
-        )
+        values = {key: json.loads(text) for key, text in self._values.items()}
+        result = json.loads(result_of(self._values)) if self._status == COMPLETED else None
+        where = (self.id, self._flow.id, self._status, result, values, self._error)
+        return Status(*where, self._usage, self._state.tokens)
 
     async def answer(self, node: str, value: Any) -> None:
         """Answer what a node asks; RunError where it asks nothing. The first answer wins."""
         if node not in self._questions:
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
-        self._questions.pop(node).set_result(value)
+        self._questions.pop(node).set_result(json.loads(to_json(value, "the answer")))
 
     def _queue(self, nodes: list[str]) -> None:
         for node in nodes:
             task = asyncio.create_task(self._activate(node))
-            self._tasks.add(task)  # the loop itself keeps only weak references
+            self._tasks.add(task)  # the event loop itself would forget it
             task.add_done_callback(self._tasks.discard)
 
     async def _activate(self, id: str) -> None:
-        node, visit = self._flow.nodes[id], self._state.visit(id)
+        node, visit = self._flow.nodes[id], self._state.visits.get(id, 1)
         job = f"{self.id}/{id}/{self._state.tokens[id]}"
         results: list[Any] | None = None
         failure = ""
@@ -1034,13 +973,12 @@ class MemoryRun(Run):
                 async with self._slots:
                     outcome = await execute(node, ctx, failure, retrying)
                 if not isinstance(outcome, Park):
-                    break
+                    return self._commit(id, visit, outcome)
                 self._tell("parked", node=id, question=outcome.question)
                 try:
                     results = await self._wait_for(job, id, outcome)
                 except RunError as error:
                     failure = str(error)
-            self._commit(id, visit, outcome)
         except RunError as error:
             self._end(FAILED, str(error))
 
@@ -1048,20 +986,14 @@ class MemoryRun(Run):
         if park.question is not None:
             self._questions[node] = asyncio.get_running_loop().create_future()
             return [await self._questions[node]]
-        runs = [
-            MemoryRun(
-                child_id(job, i),
-                self._flow.registry[child.flow],
-                child.values,
-                self._dry_run,
-                self._slots,
-                self,
-            )
-            for i, child in enumerate(park.children)
-        ]
-        await asyncio.gather(*(run._ended() for run in runs))  # until one has failed, at most
-        gives = [child.gives for child in park.children]
-        return [json.loads(result_of(run._values, g)) for run, g in zip(runs, gives, strict=True)]
+        runs: list[MemoryRun] = []
+        for i, child in enumerate(park.children):
+            flow = self._flow.registry[child.flow]
+            run = MemoryRun(child_id(job, i), flow, child.values, self._dry_run, self._slots, self)
+            runs.append(run)
+        await asyncio.gather(*(run._ended() for run in runs))  # or until the first one has failed
+        given = zip(runs, park.children, strict=True)
+        return [json.loads(result_of(run._values, child.gives)) for run, child in given]
 
     async def _ended(self) -> None:
         while self._status == RUNNING:
@@ -1074,10 +1006,10 @@ class MemoryRun(Run):
             raise RunError(too_many_steps(node))
         self._state, ready = self._flow.advance(self._state, node, outcome.action, new_id())
         self._steps += 1
-        self._values = {**self._values, **outcome.changes}
+        self._values = self._values | outcome.changes
         for kind, count in outcome.usage.items():
             self._root._usage[kind] = self._root._usage.get(kind, 0) + count
-        self._tell("done", **done_event(node, visit, outcome))
+        self._tell("done", **outcome.event(node, visit))
         if not self._state.tokens:
             self._end(COMPLETED)
         elif self._status == RUNNING:  # a failed run keeps what its other nodes still finish
@@ -1086,22 +1018,13 @@ class MemoryRun(Run):
     def _end(self, status: str, error: str = "") -> None:
         if self._status == RUNNING:
             self._status, self._error = status, error
-            self._tell(status, **({"error": error} if error else {}))
+            self._tell(status, error=error)
 
     def _tell(self, event: str, **more: Any) -> None:
-        record = {"event": event, "run": self.id, "flow": self._flow.id, **more}
-        self._root._log.append(record)
+        self._root._log.append(event_of(event, self.id, self._flow.id, **more))
         for run in {self, self._root}:
             run._news.set()
             run._news = asyncio.Event()
-
-
-def done_event(node: str, visit: int, outcome: Outcome) -> Event:
-    """What the event of a commit says."""
-    event = {"node": node, "visit": visit, "action": outcome.action}
-    return {**event, "seconds": round(outcome.seconds, 3)} | (
-        {"usage": outcome.usage} if outcome.usage else {}
-    )
 
 
 def too_many_steps(node: str) -> str:
@@ -1110,8 +1033,8 @@ def too_many_steps(node: str) -> str:
 
 
 # ── 6. Redis: keys and scripts ───────────────────────────────────────────────────────────────
-# All that several processes must agree on. A step that takes more than one command is a script,
-# which Redis runs as a whole: it checks first and writes last, for there is no roll-back.
+# What several processes must agree on. A step that takes more than one command is a script, which
+# Redis runs as a whole; it checks first and writes last, for Lua has no roll-back.
 #
 #   key                    type        holds
 #   ready                  list        jobs that any worker may take: LPUSH in, BLMOVE RIGHT LEFT out
@@ -1126,7 +1049,7 @@ def too_many_steps(node: str) -> str:
 #   run:<id>:events        stream      what happened to a root run and its children, capped
 #   graph:<sha256>         string      the graph that a run was started with, and its sub-flows
 #
-# A job's life, in which it is always in some list, so that no worker's death can lose it:
+# A job is always in one of the lists, so that no worker's death can lose it:
 #
 #   ready --BLMOVE--> processing:<worker> --CLAIM--> prep, exec, post --COMMIT--> gone, its
 #     '<--REAP, GIVE_BACK--'                                      successors are in ready
@@ -1152,30 +1075,13 @@ class Origin:
     root: str  # the run that a user started
     dry_run: bool = False
     depth: int = 0
-    parent: str = ""  # of a child: the job that waits for it
-    index: int = 0  # of a child: which of that job's
+    parent: str = ""  # of a child: the job that waits for it,
+    index: int = 0  # and the how-many-th of that job's children it is
     gives: list[str] | None = None
 
 
-class Keys:
-    """Names of keys; they share a hash tag, and so a slot of a Redis Cluster."""
-
-    def __init__(self, namespace: str) -> None:
-        self.namespace = namespace
-
-    def __call__(self, *parts: str) -> str:
-        return f"{{{self.namespace}}}:{':'.join(parts)}"
-
-    def of(self, run: str, origin: Origin, *more: str) -> list[str]:
-        """KEYS of the scripts that change a run, as they are named in SHARED."""
-        parent = origin.parent.partition("/")[0] or run
-        names = [(run,), (run, "context"), (run, "parked"), (origin.root, "events"), (origin.root,)]
-        names += [(parent,), (parent, "parked")]
-        return [*(self("run", *name) for name in names), self("ready"), *more]
-
-
-# What the scripts share. Their arguments are one JSON object, `a`; context keys and values follow
-# it as they are, for Lua would make {} of [] and round integers.
+# What scripts share. Their arguments are one JSON object, `a`; context keys and values follow it
+# as they are, since Lua would make {} of [] and round integers. KEYS are always in this order.
 SHARED = """
 local run, context, parked, events, root, parent, parents_parked, ready, mine = unpack(KEYS)
 local call, a = redis.call, cjson.decode(ARGV[1])
@@ -1192,26 +1098,27 @@ end
 local function live(days)
   for _, key in ipairs({run, context, parked, events}) do call('EXPIRE', key, days * 86400) end
 end
-local function active(run, job)  -- whether a job's run is running, and its token still there
+local function crash(run, job)
+  if call('EXISTS', run) == 1 then call('HINCRBY', run, 'crashes ' .. job, 1) end
+end
+local function is_active(run, job)  -- its token is still there, and the run is running
   local node, token = string.match(job, '/(.*)/(.*)')
   local found = call('HMGET', run, 'status', 'tokens')
   return found[1] == 'running' and cjson.decode(found[2])[node] == token
 end
-
--- What a job waits for, noted once, before the first child that will give it: whoever cancels the
--- run must find the children.
-local function expect(parked, job, count, question)
-  if call('HSETNX', parked, job, question) == 1 then
-    call('HSET', parked, job .. ' count', count, job .. ' left', count)
+-- What a job waits for is noted once, and before any child that will give it is there: whoever
+-- cancels the run must find the children.
+local function expect(parked, job)
+  if call('HSETNX', parked, job, a.question or '') == 1 then
+    call('HSET', parked, job .. ' count', a.count, job .. ' left', a.count)
     call('EXPIRE', parked, 30 * 86400)
   end
 end
--- A child's end, or a person's answer: noted once. It queues the job, if that is parked and now
+-- A child's end, or a person's answer, is noted once. It queues the job if that is parked and now
 -- has something to read: all that it waits for, or a failure.
-local function tell(run, parked, job, index, status, result)
-  if call('EXISTS', run) == 0 or call('HSETNX', parked, job .. ' ' .. index, result) == 0 then
-    return 0
-  end
+local function tell(run, parked, job, index, status)
+  if call('EXISTS', run) == 0 then return 0 end
+  if call('HSETNX', parked, job .. ' ' .. index, a.told) == 0 then return 0 end
   call('HSET', run, 'version', a.version)
   local left = call('HINCRBY', parked, job .. ' left', -1)
   if status ~= 'completed' then call('HINCRBY', parked, job .. ' bad', 1) end
@@ -1224,8 +1131,8 @@ end
 local function finish(status)
   call('HSET', run, 'status', status, 'version', a.version)
   if a.error then call('HSET', run, 'error', a.error) end
-  note({a.ending})
-  if a.parent then tell(parent, parents_parked, a.parent, a.index, status, a.told) end
+  note({a.event})
+  if a.parent ~= '' then tell(parent, parents_parked, a.parent, a.index, status) end
 end
 """
 
@@ -1237,39 +1144,37 @@ class Script:
         self.text = SHARED + text
         self.digest = hashlib.sha1(self.text.encode()).hexdigest()
 
-    def __call__(
-        self, keys: list[str], values: Mapping[str, str] | None = None, **named: Any
-    ) -> tuple[Any, ...]:
-        """The command that runs it with these arguments and context values."""
-        a = encode({name: value for name, value in named.items() if value is not None})
-        flat = [text for pair in (values or {}).items() for text in pair]
-        return ("EVALSHA", self.digest, len(keys), *keys, a, *flat)
+    def on(self, keys: Iterable[str], values: Mapping[str, str] = {}, **a: Any) -> tuple[Any, ...]:
+        """The command that runs it with these keys, context values and arguments."""
+        flat = [text for pair in values.items() for text in pair]
+        return ("EVALSHA", self.digest, len(keys := [*keys]), *keys, encode(a), *flat)
 
 
-# START makes a run and queues its start nodes; once, and for a parent only while its job is active.
-#   KEYS: as in SHARED, graph, runs      a: id version origin tokens visits jobs ending graph parent
-#                                        count; and the context
+# START makes a run and queues its start nodes: once; a child only while its parent's job is active.
+#   KEYS  as in SHARED, graph, runs
+#   a     run version origin tokens visits jobs event parent, graph or (of a child) count
 START = Script("""
-if call('EXISTS', run) == 1 or (a.parent and not active(parent, a.parent)) then return 0 end
+if call('EXISTS', run) == 1 or (a.parent ~= '' and not is_active(parent, a.parent)) then return 0 end
 local now = call('TIME')[1]
 call('HSET', run, 'status', 'running', 'version', a.version, 'origin', a.origin, 'created', now,
      'tokens', a.tokens, 'visits', a.visits, 'steps', 0)
 put_context()
 push(ready, a.jobs)
-note({a.started})
+note({a.event})
 live(30)
-if a.parent then
-  expect(parents_parked, a.parent, a.count, '')
+if a.parent ~= '' then
+  expect(parents_parked, a.parent)
 else
   call('SET', mine, a.graph, 'EX', 30 * 86400)
-  call('ZADD', KEYS[10], now, a.id)
+  call('ZADD', KEYS[10], now, a.run)
 end
 return 1
 """)
 
 # CLAIM reads what is needed to run jobs of one run.
-#   KEYS: run, context, parked           a: jobs
-#   gives [version, status, tokens, visits, steps, origin], context, each job's crashes, parked
+#   KEYS  run, context, parked
+#   a     jobs
+#   gives version, status, tokens, visits, steps, origin; context; crashes of each job; parked
 CLAIM = Script("""
 local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
 local crashes, waits = {}, {}
@@ -1281,11 +1186,11 @@ return {found, call('HGETALL', context), crashes, waits}
 """)
 
 # COMMIT is the only way in which a run moves: all of it if the run's version is still the one that
-# the decision was made from, else nothing (I1). It needs no custody: the token is the fence, and
-# who commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
-#   KEYS: as in SHARED, processing       a: from version done tokens visits steps usage events keep
-#                                        push; ended ending parent index told; and the context
-#   gives [status], or as CLAIM does what stands there instead
+# the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
+# whoever commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
+#   KEYS  as in SHARED, processing
+#   a     from version done tokens visits steps usage log keep queue, over event parent index told
+#   gives the status, or as CLAIM does what stands there instead
 COMMIT = Script("""
 local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
 if found[1] ~= a.from then return {found, call('HGETALL', context)} end
@@ -1293,63 +1198,66 @@ for _, job in ipairs(a.done) do call('LREM', mine, 1, job) end
 put_context()
 for kind, count in pairs(a.usage) do call('HINCRBY', root, 'usage ' .. kind, count) end
 call('HSET', run, 'version', a.version, 'tokens', a.tokens, 'visits', a.visits, 'steps', a.steps)
-note(a.events)
-if found[2] ~= 'running' then return {found[2]} end
-push(mine, a.keep)
-push(ready, a.push)
-if a.ended then
-  finish('completed')
-  call('DEL', parked)
+note(a.log)
+if found[2] == 'running' then
+  push(mine, a.keep)
+  push(ready, a.queue)
+  if a.over then
+    finish('completed')
+    call('DEL', parked)
+  end
+  live(a.over and 7 or 30)
 end
-live(a.ended and 7 or 30)
 return {found[2]}
 """)
 
 # FAIL ends a run, whose tokens stay. Only a job's custodian may: a worker that was taken for dead
 # must not fail what another one is doing.
-#   KEYS: as in SHARED, processing       a: job version error ending parent index told
+#   KEYS  as in SHARED, processing
+#   a     job version error event parent index told
 #   gives 1 if the job was in custody
 FAIL = Script("""
 if call('LREM', mine, 1, a.job) == 0 then return 0 end
 local status = call('HGET', run, 'status')
-if status == 'running' then finish('failed') elseif status == 'failed' then note({a.ending}) end
+if status == 'running' then finish('failed') elseif status == 'failed' then note({a.event}) end
 return 1
 """)
 
-# PARK ends the custody of a job until there is something for it to read; if there is already, it
-# goes back to ready. A job of a cancelled run stays: its worker cancels the children first.
-#   KEYS: as in SHARED, processing       a: job version count question event
+# PARK ends the custody of a job until there is something for it to read; if there is already, the
+# job is queued. That of a cancelled run stays: its worker has to cancel the children first.
+#   KEYS  as in SHARED, processing
+#   a     job version count question event
 #   gives the run's status
 PARK = Script("""
 local status = call('HGET', run, 'status')
 if not status or status == 'cancelled' then return status end
 if call('LREM', mine, 1, a.job) == 0 or status ~= 'running' then return status end
-expect(parked, a.job, a.count, a.question)
+expect(parked, a.job)
 call('HSET', run, 'version', a.version)
+note({a.event})
 local found = call('HMGET', parked, a.job .. ' left', a.job .. ' bad')
 if tonumber(found[1]) <= 0 or tonumber(found[2] or 0) > 0 then
   push(ready, {a.job})
 else
   call('HSET', parked, a.job .. ' is parked', 1)
-  note({a.event})
 end
 return status
 """)
 
-# GIVE_BACK returns a job to where it is taken next.
-#   KEYS: processing, ready, run         a: job crashed
+# GIVE_BACK puts a job back to where it is taken next.
+#   KEYS  processing, ready, run
+#   a     job crashed
 #   gives 1 if it was in custody
 GIVE_BACK = Script("""
 if call('LREM', KEYS[1], 1, a.job) == 0 then return 0 end
-if a.crashed and call('EXISTS', KEYS[3]) == 1 then
-  call('HINCRBY', KEYS[3], 'crashes ' .. a.job, 1)
-end
+if a.crashed then crash(KEYS[3], a.job) end
 call('RPUSH', KEYS[2], a.job)
 return 1
 """)
 
-# REAP gives back what a dead worker had taken, a crash counted for each, and buries the worker.
-#   KEYS: heartbeat, processing, workers, buried, ready, each job's run      a: worker jobs
+# REAP gives back what a dead worker had taken, counts a crash for each, and buries the worker.
+#   KEYS  heartbeat, processing, workers, buried, ready, the run of each job
+#   a     worker jobs
 #   gives how many jobs it gave back
 REAP = Script("""
 if call('EXISTS', KEYS[1]) == 1 then return 0 end
@@ -1357,19 +1265,20 @@ local moved = 0
 for i, job in ipairs(a.jobs) do
   if call('LREM', KEYS[2], 1, job) == 1 then
     moved = moved + 1
-    if call('EXISTS', KEYS[5 + i]) == 1 then call('HINCRBY', KEYS[5 + i], 'crashes ' .. job, 1) end
+    crash(KEYS[5 + i], job)
     call('RPUSH', KEYS[5], job)
   end
 end
-if call('ZREM', KEYS[3], a.worker) == 1 then
-  call('ZADD', KEYS[4], call('TIME')[1], a.worker)
-end
+local now = call('TIME')[1]
+if call('ZREM', KEYS[3], a.worker) == 1 then call('ZADD', KEYS[4], now, a.worker) end
+call('ZREMRANGEBYSCORE', KEYS[4], 0, now - 86400)
 return moved
 """)
 
-# BEAT keeps a worker alive; with PEXPIRE, which works at maxmemory, where SET does not. A key that
-# is gone while the worker is still in `workers` means that Redis was away: it is set again.
-#   KEYS: heartbeat, workers             a: worker lease doing born
+# BEAT keeps a worker alive: with PEXPIRE, which works at maxmemory, where SET does not. A key that
+# is gone while the worker is still in `workers` means that Redis was away, and is set again.
+#   KEYS  heartbeat, workers
+#   a     worker lease doing born
 #   gives 0 if the worker was buried
 BEAT = Script("""
 if a.born then call('ZADD', KEYS[2], call('TIME')[1], a.worker) end
@@ -1378,8 +1287,9 @@ redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
 return 1
 """)
 
-# CANCEL ends a run for good, and queues what waits for children: who takes it cancels those.
-#   KEYS: as in SHARED                   a: version error ending parent index told
+# CANCEL ends a run for good, and queues each job with children: who takes it cancels those.
+#   KEYS  as in SHARED
+#   a     version error event parent index told
 #   gives the status that it found
 CANCEL = Script("""
 local status = call('HGET', run, 'status')
@@ -1396,9 +1306,10 @@ live(7)
 return status
 """)
 
-# RESUME queues each active token of a failed run anew, crashes forgotten. A child takes back what
-# it told its parent, which then waits for it again.
-#   KEYS: as in SHARED                   a: id version event parent index; and the context
+# RESUME queues each active token of a failed run anew, its crashes forgotten. A child takes back
+# what it told its parent, which then waits for it again.
+#   KEYS  as in SHARED
+#   a     run version event parent index
 #   gives the status that it found
 RESUME = Script("""
 local found = call('HMGET', run, 'status', 'tokens')
@@ -1408,13 +1319,13 @@ for _, name in ipairs(call('HKEYS', run)) do
 end
 call('HSET', run, 'status', 'running', 'version', a.version, 'steps', 0)
 put_context()
-if a.parent and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) == 1 then
+if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) == 1 then
   call('HINCRBY', parents_parked, a.parent .. ' left', 1)
   call('HINCRBY', parents_parked, a.parent .. ' bad', -1)
 end
 for node, mark in pairs(cjson.decode(found[2])) do
   if mark ~= 'waiting' and mark ~= 'returned' then
-    local job = a.id .. '/' .. node .. '/' .. mark
+    local job = a.run .. '/' .. node .. '/' .. mark
     call('HDEL', parked, job .. ' is parked')
     push(ready, {job})
   end
@@ -1424,59 +1335,79 @@ live(30)
 return found[1]
 """)
 
-# ANSWER gives a person's answer to the job that asked; the first one wins.
-#   KEYS: as in SHARED                   a: job version told event
-#   gives 1 if the job waited for it
+# ANSWER gives a person's answer to the job that asked.
+#   KEYS  as in SHARED
+#   a     job version told event
+#   gives 1 if it was the first answer to a question
 ANSWER = Script("""
-if not active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
-if tell(run, parked, a.job, 0, 'completed', a.told) == 0 then return 0 end
+if not is_active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
+if tell(run, parked, a.job, 0, 'completed') == 0 then return 0 end
 note({a.event})
 return 1
 """)
 
 # NOTE records an event of a run that is still there.
-#   KEYS: as in SHARED                   a: event
+#   KEYS  as in SHARED
+#   a     event
 NOTE = Script("""
 if call('EXISTS', run) == 1 then note({a.event}) end
 return 1
 """)
 
-SCRIPTS = {s.digest: s for s in [*globals().values()] if isinstance(s, Script)}
+SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)]
 
 
 # ── 7. Redis: starting and steering runs ─────────────────────────────────────────────────────
 # What a client does. A run carries its graph, so a worker needs node types, but no graph files.
 
-BUSY = ("OOM", "READONLY", "LOADING", "BUSY", "MASTERDOWN", "UNBLOCKED", "CLUSTERDOWN", "TRYAGAIN",
-        "NOREPLICAS", "MISCONF")  # fmt: skip
+PASSING_CODES = ("BUSY", "UNBLOCKED", "NOREPLICAS", "MISCONF")  # that redis-py has no class for
+PASSING = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError,
+    exceptions.NoScriptError,
+    exceptions.MasterDownError,
+    exceptions.ClusterDownError,
+    exceptions.TryAgainError,
+    OSError,
+)
 
 
 def transient(error: BaseException) -> bool:
     """Whether Redis may well answer when it is asked again."""
-    if isinstance(error, AuthenticationError):
-        return False  # although redis-py calls it a connection error
-    if isinstance(error, ResponseError):
-        return str(error).startswith(BUSY)
-    return isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
+    if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
+        return False  # although redis-py calls a wrong password a connection error
+    return isinstance(error, PASSING) or str(error).startswith(PASSING_CODES)
 
 
 def connect(url: str) -> redis.asyncio.Redis:
     """A client that never sends a command again by itself: with BLMOVE that would lose a job."""
     never = Retry(NoBackoff(), 0)
     return redis.asyncio.Redis.from_url(
-        url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5, retry=never
+        url, decode_responses=True, retry=never, socket_timeout=5, socket_connect_timeout=5
     )
 
 
 class Link:
     """A way to Redis on which what is ready together travels together. All that is sent here may
-    be sent twice without harm, so it outlasts any outage, and says so once."""
+    be sent twice without harm; so an outage only delays it, and is said once."""
 
     def __init__(self, url: str) -> None:
         self.client = connect(url)
-        self.back_since = 0.0  # when Redis was last back, by time.monotonic
+        self.back_since = 0.0  # by time.monotonic
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._flushing: asyncio.Task[None] | None = None
+
+    async def open(self, probe: str) -> None:
+        """Find out, with a key that holds nothing, whether this Redis will do; else RedisError."""
+        await self.client.execute_command("LMOVE", probe, probe, "RIGHT", "LEFT")
+        await self._load()
+        self.back_since = time.monotonic()
+
+    async def _load(self) -> None:
+        for script in SCRIPTS:
+            await self.client.script_load(script.text)
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
         """The reply, some time; ResponseError where Redis refuses the command for good."""
@@ -1490,11 +1421,10 @@ class Link:
         delay = 0.0
         while self._queue:
             batch, self._queue = self._queue, []
-            held_up = await self._exchange(batch)
-            if held_up and not delay:
-                log.warning("redis is away; waiting for it")
-            if held_up:
-                self._queue = held_up + self._queue
+            if failed := await self._exchange(batch):
+                self._queue = failed + self._queue
+                if not delay:
+                    log.warning("redis is away; waiting for it")
                 delay = min(1.0, 2 * delay or 0.05)
                 await asyncio.sleep(delay)
             elif delay:
@@ -1503,53 +1433,47 @@ class Link:
         self._flushing = None
 
     async def _exchange(self, batch: list[Any]) -> list[Any]:
-        """Send, and hand out the replies; gives back what must be sent again."""
+        """Send, and hand out the replies; gives back what has to be sent again."""
         try:
             async with self.client.pipeline(transaction=False) as pipe:
                 for command, _ in batch:
                     pipe.execute_command(*command)
                 replies = await pipe.execute(raise_on_error=False)
-            if any(isinstance(reply, NoScriptError) for reply in replies):  # the others were run
-                for script in SCRIPTS.values():
-                    await self.client.script_load(script.text)
+            if any(isinstance(reply, exceptions.NoScriptError) for reply in replies):
+                await self._load()  # only those were not run
         except Exception as error:
             replies = [error] * len(batch)
-        held_up = []
+        failed = []
         for (command, future), reply in zip(batch, replies, strict=True):
-            if (
-                isinstance(reply, NoScriptError)
-                or isinstance(reply, Exception)
-                and transient(reply)
-            ):
-                held_up.append((command, future))
-            elif isinstance(reply, Exception):
-                future.set_exception(reply)
-            else:
+            if not isinstance(reply, Exception):
                 future.set_result(reply)
-        return held_up
-
-
-def event_text(event: str, run: str, flow: str, **more: Any) -> str:
-    """An event as it is recorded."""
-    return encode({"event": event, "run": run, "flow": flow, **more})
+            elif transient(reply):
+                failed.append((command, future))
+            else:
+                future.set_exception(reply)
+        return failed
 
 
 def pairs(flat: Any) -> dict[str, str]:
-    """A hash, from whatever form Redis replied it in."""
+    """A hash, in whichever form Redis gave it."""
     return flat if isinstance(flat, dict) else dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 class RedisExecutor:
-    """Starts runs for the workers on a Redis; a run then needs the process no more."""
+    """Starts runs for the workers on a Redis; this process is then needed no more."""
 
     def __init__(self, url: str = "redis://localhost:6379", namespace: str = "agentflow") -> None:
         self.link = Link(url)
-        self.key = Keys(namespace)
+        self.send = self.link.send
+        self.namespace = namespace
+
+    def key(self, *parts: str) -> str:
+        """A key's name. All have one hash tag, and so one slot of a Redis Cluster."""
+        return f"{{{self.namespace}}}:{':'.join(parts)}"
 
     async def open(self) -> None:
-        """Find out whether Redis is there and will do; RedisError where not."""
-        probe = self.key("ready:probe")
-        await self.link.client.execute_command("LMOVE", probe, probe, "RIGHT", "LEFT")
+        """Find out whether Redis is there and will do: RedisError where not."""
+        await self.link.open(self.key("ready", "probe"))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -1559,69 +1483,83 @@ class RedisExecutor:
         """Queue the start nodes of a new run. RunError where an input is missing or not JSON."""
         digest, graph = flow.registry.bundle(flow.id)
         id = new_id()
-        origin = Origin(flow.id, digest, id, dry_run)
-        await self.start(id, origin, flow, flow.begin(inputs), graph=graph)
-        return RedisRun(self, id, origin)
-
-    def start(
-        self, id: str, origin: Origin, flow: Flow, values: dict[str, str], **more: Any
-    ) -> asyncio.Future[Any]:
-        """Make a run: with `graph` that of a user, with `count` one of a job's children."""
-        version = new_id()
-        state, ready = flow.first(version)
-        keys = self.key.of(id, origin, self.key("graph", origin.graph), self.key("runs"))
-        return self.link.send(
-            *START(
-                keys, values, id=id, version=version, origin=encode(vars(origin)),
-                tokens=encode(state.tokens), visits=encode(state.visits),
-                jobs=[str(Job(id, node, version)) for node in ready],
-                started=event_text("started", id, flow.id), parent=origin.parent or None, **more,
-            )
-        )  # fmt: skip
+        run = RedisRun(self, id, Origin(flow.id, digest, id, dry_run))
+        await run.start(flow, flow.begin(inputs), graph=graph)
+        return run
 
     async def find(self, id: str) -> RedisRun:
         """A run that exists; RunError where it does not."""
-        origin = SAFE_ID.fullmatch(id) and await self.link.send(
-            "HGET", self.key("run", id), "origin"
-        )
+        key = self.key("run", id)
+        origin = await self.send("HGET", key, "origin") if SAFE_ID.fullmatch(id) else None
         if not origin:
             raise RunError(f"there is no run {id!r:.140} on this Redis; it may have expired")
         return RedisRun(self, id, Origin(**json.loads(origin)))
 
 
 class RedisRun(Run):
-    """A run on a Redis, from outside."""
+    """A run on a Redis: what a client does with it, and a worker, too."""
 
     def __init__(self, executor: RedisExecutor, id: str, origin: Origin) -> None:
-        self.id = id
-        self.origin = origin
-        self.executor = executor
-        self.send = executor.link.send
-        self.keys = executor.key.of(id, origin)
+        self.executor, self.id, self.origin = executor, id, origin
+        root, parent = origin.root, origin.parent.partition("/")[0] or id
+        names = [(id,), (id, "context"), (id, "parked"), (root, "events"), (root,)]
+        names += [(parent,), (parent, "parked")]
+        self.keys = [executor.key("run", *name) for name in names] + [executor.key("ready")]
+
+    def change(
+        self, script: Script, *keys: str, values: Mapping[str, str] = {}, **a: Any
+    ) -> asyncio.Future[Any]:
+        """Have a script change the run, which then has a new version."""
+        origin = self.origin
+        a = {
+            "run": self.id,
+            "version": new_id(),
+            "parent": origin.parent,
+            "index": origin.index,
+        } | a
+        return self.executor.send(*script.on([*self.keys, *keys], values, **a))
+
+    def event(self, event: str, **more: Any) -> str:
+        """An event of this run, as it is recorded."""
+        return encode(event_of(event, self.id, self.origin.flow, **more))
+
+    def end(self, status: str, error: str = "", result: str = "") -> dict[str, Any]:
+        """What a script that ends the run is given: among it what a parent is told."""
+        told = result or encode(failure_of(self.id, self.origin.flow, status, error))
+        end = {"event": self.event(status, error=error), "told": f'["{status}",{told}]'}
+        return end | ({"error": error} if error else {})
+
+    async def start(self, flow: Flow, values: dict[str, str], **more: Any) -> None:
+        """Make the run: a user's with its `graph`, or a child with the `count` of them."""
+        version = new_id()
+        (tokens, visits), ready = flow.first(version)
+        key = self.executor.key
+        await self.change(
+            START, key("graph", self.origin.graph), key("runs"), values=values, version=version,
+            origin=encode(vars(self.origin)), tokens=encode(tokens), visits=encode(visits),
+            jobs=[f"{self.id}/{node}/{version}" for node in ready], event=self.event("started"),
+            **more,
+        )  # fmt: skip
 
     async def status(self) -> Status:
-        """Where the run stands now. RunError where it is no more."""
-        replies = await asyncio.gather(*(self.send("HGETALL", key) for key in self.keys[:2]))
-        run, values = map(pairs, replies)
-        if not run:
-            raise RunError(f"run {self.id} is not on this Redis any more")
-        return Status(
-            self.id,
-            self.origin.flow,
-            run["status"],
-            json.loads(result_of(values)) if run["status"] == COMPLETED else None,
-            {key: json.loads(text) for key, text in values.items()},
-            run.get("error", ""),
-            {name[6:]: int(count) for name, count in run.items() if name.startswith("usage ")},
-            json.loads(run["tokens"]),
+        """Where the run stands now. RunError where it is gone."""
+        run, values = map(
+            pairs, [await self.executor.send("HGETALL", key) for key in self.keys[:2]]
         )
+        if not run:
+            raise RunError(f"run {self.id} is no longer on this Redis")
+        context = {key: json.loads(text) for key, text in values.items()}
+        result = json.loads(result_of(values)) if run["status"] == COMPLETED else None
+        usage = {name[6:]: int(count) for name, count in run.items() if name.startswith("usage ")}
+        where = (self.id, self.origin.flow, run["status"], result, context, run.get("error", ""))
+        return Status(*where, usage, json.loads(run["tokens"]))
 
     async def events(self) -> AsyncIterator[Event]:
-        """What has happened, from the start, and then what happens, until the run has ended."""
-        last = "-"
+        """What has happened, from the start, and what happens, until the run has ended."""
+        last, send = "-", self.executor.send
         while True:
-            status = await self.send("HGET", self.keys[0], "status")
-            found = await self.send("XRANGE", self.keys[3], last, "+", "COUNT", 1000)
+            status = await send("HGET", self.keys[0], "status")
+            found = await send("XRANGE", self.keys[3], last, "+", "COUNT", 1000)
             for id, fields in found:
                 last = f"({id}"
                 yield json.loads(pairs(fields)["event"])
@@ -1631,115 +1569,90 @@ class RedisRun(Run):
                 await asyncio.sleep(0.1)
 
     async def cancel(self) -> None:
-        """End the run for good: its nodes and its children, too, within about a second. RunError
-        where it has ended."""
-        found = await self.send(
-            *CANCEL(self.keys, **ending(self.id, self.origin, CANCELLED, "by request"))
-        )
+        """End the run for good, its nodes and children within about a second. RunError where it
+        has ended."""
+        found = await self.change(CANCEL, **self.end(CANCELLED, "by request"))
         if found not in (RUNNING, FAILED):
             raise RunError(f"run {self.id} is {found} already")
 
-    async def resume(self, inputs: Mapping[str, Any] | None = None) -> None:
-        """Go on from exactly where the run and its children failed, with these inputs over its
+    async def resume(self, inputs: Mapping[str, Any] = {}) -> None:
+        """Go on from exactly where the run, and children of it, failed, with these inputs over its
         context. RunError where it has not failed."""
         ctx = Context({})
-        for name, value in (inputs or {}).items():
+        for name, value in inputs.items():
             ctx[name] = value
-        status, parked = await asyncio.gather(self.status(), self.send("HGETALL", self.keys[2]))
-        if status.status == FAILED:
-            for name, told in pairs(parked).items():
+        if (status := (await self.status()).status) == FAILED:
+            for name, told in pairs(await self.executor.send("HGETALL", self.keys[2])).items():
                 job, _, index = name.partition(" ")
                 if index.isdecimal() and json.loads(told)[0] == FAILED:
-                    child = await self.executor.find(child_id(job, int(index)))
-                    await child.resume()
-        found = await self.send(
-            *RESUME(
-                self.keys, ctx.changes, id=self.id, version=new_id(), index=self.origin.index,
-                parent=self.origin.parent or None, event=event_text("resumed", self.id, self.origin.flow),
-            )
-        )  # fmt: skip
-        if found != FAILED:
-            raise RunError(f"run {self.id} is {found}; only a failed run can be resumed")
+                    await (await self.executor.find(child_id(job, int(index)))).resume()
+            status = await self.change(RESUME, values=ctx.changes, event=self.event("resumed"))
+        if status != FAILED:
+            raise RunError(f"run {self.id} is {status}; only a failed run can be resumed")
 
     async def answer(self, node: str, value: Any) -> None:
         """Answer what a node asks; RunError where it asks nothing. The first answer wins."""
-        token = (await self.status()).tokens.get(node, "")
-        given = await self.send(
-            *ANSWER(
-                self.keys, job=str(Job(self.id, node, token)), version=new_id(),
-                told=to_json([COMPLETED, value], "the answer"),
-                event=event_text("answered", self.id, self.origin.flow, node=node),
-            )
-        )  # fmt: skip
-        if not given:
+        job = Job(self.id, node, (await self.status()).tokens.get(node, WAITING))
+        told = to_json([COMPLETED, value], "the answer")
+        event = self.event("answered", node=node)
+        if not await self.change(ANSWER, job=str(job), told=told, event=event):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
 
 
-def ending(
-    run: str, origin: Origin, status: str, error: str = "", result: str = ""
-) -> dict[str, Any]:
-    """The arguments for a script that ends a run: among them what its parent is told."""
-    told = result or encode(failure_of(run, origin.flow, status, error))
-    more = {"error": error} if error else {}
-    return {
-        "version": new_id(),
-        "ending": event_text(status, run, origin.flow, **more),
-        "parent": origin.parent or None,
-        "index": origin.index,
-        "told": f'["{status}",{told}]',
-        **more,
-    }
-
-
 # ── 8. Redis: the worker ─────────────────────────────────────────────────────────────────────
-# Takes jobs, runs them, commits what came of them; and once a second shows that it lives and
+# Takes jobs, runs them and commits what came of them; and once a second shows that it lives, and
 # looks for jobs that somebody lost. Nothing is ever cancelled but a node's own work, which does
 # not talk to Redis: safety comes from the processing list, not from `finally`.
 
 CRASHES = 5  # how often a job may be with a worker that dies before its run fails
+Result = tuple[Job, Outcome]
 
 
 @dataclass
 class View:
     """What a worker knows of a run: a version, and the state and context that belong to it."""
 
-    id: str
-    origin: Origin
+    run: RedisRun
     flow: Flow
     status: str = RUNNING
     version: str = ""
-    state: State = State({}, {})
+    state: State = field(default_factory=lambda: State({}, {}))
     steps: int = 0
     context: dict[str, str] = field(default_factory=dict)
-    outbox: list[tuple[Job, Outcome]] = field(default_factory=list)  # to be committed
+    ended: list[Result] = field(default_factory=list)  # waits for the next commit
     committing: bool = False
 
-    def update(self, run: list[str], context: Any) -> None:
+    def update(self, found: list[str], context: Any) -> None:
         """Take over what stands in Redis."""
-        self.version, self.status, self.context = run[0], run[1], pairs(context)
-        self.state, self.steps = State(json.loads(run[2]), json.loads(run[3])), int(run[4])
+        self.version, self.status, self.context = found[0], found[1], pairs(context)
+        self.state = State(json.loads(found[2]), json.loads(found[3]))
+        self.steps = int(found[4])
+
+
+@dataclass
+class Held:
+    """A job in this worker's custody."""
+
+    view: View | None = None  # once it is claimed
+    task: asyncio.Task[Outcome | Park] | None = None  # while its node executes
+    since: float = field(default_factory=time.monotonic)
 
 
 class Worker:
     """Runs jobs until it is told to stop."""
 
     def __init__(
-        self,
-        url: str = "redis://localhost:6379",
-        namespace: str = "agentflow",
-        concurrency: int = 10,
-        grace: float = 30.0,
-        lease: float = 6.0,
-        beat: float = 1.0,
-    ) -> None:
+        self, url: str = "redis://localhost:6379", namespace: str = "agentflow", concurrency: int = 10,
+        grace: float = 30.0, lease: float = 6.0, beat: float = 1.0,
+    ) -> None:  # fmt: skip
         self.executor = RedisExecutor(url, namespace)
-        self.key, self.send = self.executor.key, self.executor.link.send
+        self.key, self.send = self.executor.key, self.executor.send
         self.fetch = connect(url)  # BLMOVE waits on a connection of its own
         self.concurrency, self.grace, self.lease, self.beat = concurrency, grace, lease, beat
-        self.stopping = False
+        self.stopping = self._leaving = False
         self.counts = dict.fromkeys(("done", "refused", "audited", "reaped", "buried"), 0)
-        self._graphs: dict[str, Registry] = {}
-        self._views: dict[str, View] = {}
+        self._registries: dict[str, Registry] = {}  # by graph
+        self._views: dict[str, View] = {}  # by run
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
         self._be_born()
@@ -1747,32 +1660,35 @@ class Worker:
     def _be_born(self) -> None:
         self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
         self.processing = self.key("processing", self.id)
-        self.held: dict[
-            Job, asyncio.Task[Any] | None
-        ] = {}  # in custody; the task while it executes
-        self._suspects: list[tuple[View, Job, list[Any] | None, str]] = []  # have crashed before
-        self._alone = False
-        self._strange: set[str] = set()  # in our list, but not held, at the last audit
+        self.held: dict[Job, Held] = {}
+        self._suspects: list[tuple[Job, list[Any] | None, str]] = []  # have crashed before
+        self._alone: Job | None = None  # the suspect that runs
+        self._unknown: set[str] = set()  # in our list, but not held, when we looked last
 
     async def run(self) -> None:
         """Work until `stop` is called. RedisError where Redis is not there or will not do."""
         await self.executor.open()
         await self._beat(born=True)
-        self.executor.link.back_since = time.monotonic()
         tick = self._spawn(self._tick())
         while not self.stopping:
             self._freed.clear()
-            if self._room() > 0:
-                await self._take(self._room())
+            if (room := self._room()) > 0:
+                await self._take(room)
             else:
                 await self._freed.wait()
-        await self._leave()
+        deadline = time.monotonic() + self.grace
+        while self.held and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._leaving = True
         await tick
+        await self._hand_back()
+        await self.send("ZREM", self.key("workers"), self.id)
+        await self.send("DEL", self.key("worker", self.id))
         await self.fetch.aclose()
         await self.executor.close()
 
     def stop(self) -> None:
-        """Take nothing more, and end when what is held has ended, or after the grace period."""
+        """Take no more; end when what is held has ended, at the latest after the grace period."""
         self.stopping = True
         self._freed.set()
 
@@ -1780,22 +1696,23 @@ class Worker:
         return 0 if self._suspects or self._alone else self.concurrency - len(self.held)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        def landed(task: asyncio.Task[Any]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()):
+                log.error("this should not happen; the job stays in our list", exc_info=error)
+
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._landed)
+        task.add_done_callback(landed)
         return task
 
-    def _landed(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            log.error("this should not happen; the audit will give the job back", exc_info=error)
-
     async def _take(self, room: int) -> None:
-        """Take up to this many jobs; without any, return after a second."""
-        processing, taken = self.processing, []
+        """Take up to this many jobs; return after a second without one."""
+        processing = self.processing
         move = (self.key("ready"), processing, "RIGHT", "LEFT")
+        taken: list[str | None] = []
         try:
-            taken += [await self.fetch.execute_command("BLMOVE", *move, 1)]
+            taken.append(await self.fetch.execute_command("BLMOVE", *move, 1))
             if taken[0] and room > 1:
                 async with self.fetch.pipeline(transaction=False) as pipe:
                     for _ in range(room - 1):
@@ -1807,370 +1724,298 @@ class Worker:
             await asyncio.sleep(0.2)
         by_run: dict[str, list[Job]] = {}
         for job in [Job(*text.split("/")) for text in taken if text]:
-            if processing != self.processing:  # we were buried meanwhile
+            if processing == self.processing:
+                self.held[job] = Held()
+                by_run.setdefault(job.run, []).append(job)
+            else:  # we were buried meanwhile
                 await self._give_back(job, processing)
-                continue
-            self.held[job] = None
-            by_run.setdefault(job.run, []).append(job)
-        for run, jobs in by_run.items():
-            self._spawn(self._claim(run, jobs))
+        for id, jobs in by_run.items():
+            self._spawn(self._claim(id, jobs))
 
-    async def _claim(self, run: str, jobs: list[Job]) -> None:
+    async def _claim(self, id: str, jobs: list[Job]) -> None:
         """Read what these jobs of one run need, and begin them."""
-        keys = [
-            self.key("run", run),
-            self.key("run", run, "context"),
-            self.key("run", run, "parked"),
-        ]
-        found, context, crashes, parked = await self.send(
-            *CLAIM(keys, jobs=[str(job) for job in jobs])
-        )
+        keys = [self.key("run", id), self.key("run", id, "context"), self.key("run", id, "parked")]
+        reply = await self.send(*CLAIM.on(keys, jobs=[str(job) for job in jobs]))
+        found, context, crashes, parked = reply
         if not found[0]:
-            log.warning("run %s is gone; dropping its jobs %s", run, jobs)
+            log.warning("run %s has expired; dropping %s", id, [str(job) for job in jobs])
             return await self._drop(jobs)
-        origin = Origin(**json.loads(found[5]))
+        run = RedisRun(self.executor, id, Origin(**json.loads(found[5])))
         try:
-            view = self._views.get(run) or View(run, origin, await self._flow(origin))
+            view = self._views.get(id) or View(run, await self._flow(run.origin))
         except GraphError as error:
-            text = f"this worker lacks something: {error}; start one with --import, then --resume"
             for job in jobs:
-                await self._fail(job, origin, text)
+                await self._fail(run, job, f"worker {self.id} lacks something: {error}")
             return
-        self._views[run] = view
+        self._views[id] = view
         view.update(found, context)
         for job, count in zip(jobs, crashes, strict=True):
-            await self._admit(view, job, int(count), pairs(parked))
+            if job in self.held:
+                self.held[job].view = view
+                await self._admit(view, job, int(count), pairs(parked))
 
     async def _flow(self, origin: Origin) -> Flow:
-        if origin.graph not in self._graphs:
+        if origin.graph not in self._registries:
             graph = await self.send("GET", self.key("graph", origin.graph))
-            self._graphs = dict([*self._graphs.items()][-99:])
-            self._graphs[origin.graph] = Registry(json.loads(graph or "{}"))
-        return self._graphs[origin.graph][origin.flow]
+            self._registries = dict([*self._registries.items()][-99:])
+            self._registries[origin.graph] = Registry(json.loads(graph or "{}"))
+        return self._registries[origin.graph][origin.flow]
 
     async def _admit(self, view: View, job: Job, crashes: int, parked: dict[str, str]) -> None:
-        """Begin a claimed job, unless it must not run, or not now."""
+        """Begin a claimed job, unless it must not run, or not yet."""
         if view.status == CANCELLED:
-            return await self._drop_cancelled(view, [job])
+            return await self._abandon(view, job)
         if view.status != RUNNING or view.state.tokens.get(job.node) != job.token:
-            return await self._drop([job])  # a resume queues it anew; or it was committed already
-        node = view.flow.nodes[job.node]
-        if crashes >= (CRASHES if node.retries else 1):
-            text = f'node "{job.node}": {crashes} workers died running it; --resume tries again'
-            return await self._fail(job, view.origin, text)
-        told = [json.loads(parked[f"{job} {i}"]) for i in range(int(parked.get(f"{job} count", 0)))
-                if f"{job} {i}" in parked]  # fmt: skip
-        failure = next((text for status, text in told if status != COMPLETED), "")
-        complete = bool(told) and len(told) == int(parked[f"{job} count"])
-        work = (view, job, [text for _, text in told] if complete else None, failure)
+            return await self._drop([job])  # a resume queues it anew, or it was committed already
+        if crashes >= (CRASHES if view.flow.nodes[job.node].retries else 1):
+            text = f'node "{job.node}": {crashes} workers died while they ran it'
+            return await self._fail(view.run, job, text)
+        count = int(parked.get(f"{job} count", 0))
+        told = [json.loads(parked.get(f"{job} {i}", "null")) for i in range(count)]
+        failure = next((text for status, text in filter(None, told) if status != COMPLETED), "")
+        results = [result[1] for result in told] if told and all(told) else None
         if crashes:
-            self._suspects.append(work)
-            self._spawn(self._try_suspect())
+            self._suspects.append((job, results, failure))
+            await self._run_suspect()
         else:
-            self._begin(*work)
+            self._begin(view, job, results, failure)
 
-    async def _try_suspect(self) -> None:
-        """Run a job that has crashed by itself, so that it takes no other down; give back the rest."""
-        if self._alone or not self._suspects or len(self.held) > len(self._suspects):
-            return
-        self._alone = True
-        first, *others = self._suspects
-        self._suspects = []
-        for _, job, _, _ in others:
-            await self._give_back(job, self.processing)
-        self._begin(*first)
+    async def _run_suspect(self) -> None:
+        """Run a job that has crashed when nothing else runs here, so that it takes no other job
+        down with it; give back the other suspects."""
+        if self._suspects and not self._alone and len(self.held) == len(self._suspects):
+            (self._alone, *work), *others = self._suspects
+            self._suspects = []
+            for job, *_ in others:
+                await self._give_back(job, self.processing)
+            if view := self.held[self._alone].view:
+                self._begin(view, self._alone, *work)
 
     def _begin(
         self, view: View, job: Job, results: list[Any] | None = None, failure: str = ""
     ) -> None:
-        node, visit = view.flow.nodes[job.node], view.state.visit(job.node)
-        origin = view.origin
+        origin, visit = view.run.origin, view.state.visits.get(job.node, 1)
         ctx = Context(view.context, str(job), visit, origin.dry_run, origin.depth, results)
 
         async def retrying(reason: str, delay: float) -> None:
-            event = event_text(
-                "retrying", view.id, origin.flow, node=job.node, error=reason, delay=delay
-            )
-            self.send(*NOTE(self.key.of(view.id, origin), event=event))
+            event = view.run.event("retrying", node=job.node, error=reason, delay=delay)
+            await view.run.change(NOTE, event=event)
 
-        task = self.held[job] = asyncio.create_task(execute(node, ctx, failure, retrying))
+        task = asyncio.create_task(execute(view.flow.nodes[job.node], ctx, failure, retrying))
+        self.held[job] = Held(view, task)
         task.add_done_callback(lambda task: self._executed(view, job, task))
 
     def _executed(self, view: View, job: Job, task: asyncio.Task[Outcome | Park]) -> None:
-        if self.held.get(job) is not task:
-            return  # cancelled, or given back
-        error = (
-            asyncio.CancelledError("it cancelled itself") if task.cancelled() else task.exception()
-        )
-        if error is not None:
+        if job not in self.held or self.held[job].task is not task:
+            return  # it was cancelled, or we were buried
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error:
             text = str(error) if isinstance(error, RunError) else f'node "{job.node}": {error!r}'
-            self._spawn(self._fail(job, view.origin, text))
+            self._spawn(self._fail(view.run, job, text))
         elif isinstance(outcome := task.result(), Park):
             self._spawn(self._park(view, job, outcome))
         else:
-            view.outbox.append((job, outcome))
+            view.ended.append((job, outcome))
             if not view.committing:
                 view.committing = True
                 self._spawn(self._commit_all(view))
 
     async def _commit_all(self, view: View) -> None:
+        """A run's commits take turns; what ends meanwhile shares the next one."""
         try:
-            while view.outbox:
-                await asyncio.sleep(0)  # what ends in the same instant shares a commit
-                batch, view.outbox = view.outbox, []
-                while batch and not await self._commit(view, batch):
+            while view.ended:
+                await asyncio.sleep(0)
+                batch, view.ended = view.ended, []
+                while batch := await self._commit(view, batch):
                     pass
         finally:
             view.committing = False
 
-    async def _commit(self, view: View, batch: list[tuple[Job, Outcome]]) -> bool:
-        """Decide what the ends of these jobs lead to, and record it; False where the run had
-        moved on meanwhile, so that it must be decided again."""
-        state, steps, version = view.state, view.steps, new_id()
+    async def _commit(self, view: View, batch: list[Result]) -> list[Result]:
+        """Decide what these ends lead to, and record it; gives back what has to be decided again,
+        since the run had moved."""
+        state, version, processing = view.state, new_id(), self.processing
         ready: list[str] = []
-        changes: dict[str, str] = {}
-        usage: dict[str, int] = {}
-        events: list[str] = []
-        done: list[Job] = []
-        for job, outcome in [*batch]:
-            if state.tokens.get(job.node) != job.token or view.status == CANCELLED:
-                batch.remove((job, outcome))
+        done: list[Result] = []
+        for job, outcome in batch:
+            if view.status == CANCELLED:
+                await self._abandon(view, job)
+            elif state.tokens.get(job.node) != job.token:
                 self.counts["refused"] += 1
-                await (
-                    self._drop_cancelled(view, [job])
-                    if view.status == CANCELLED
-                    else self._drop([job])
-                )
-                continue
-            try:
-                if steps >= MAX_STEPS:
-                    raise RunError(too_many_steps(job.node))
-                visit = state.visit(job.node)
-                state, new = view.flow.advance(state, job.node, outcome.action, version)
-            except RunError as error:
-                batch.remove((job, outcome))
-                await self._fail(job, view.origin, str(error))
-                continue
-            steps += 1
-            done.append(job)
-            ready += new
-            changes |= outcome.changes
-            for kind, count in outcome.usage.items():
-                usage[kind] = usage.get(kind, 0) + count
-            events.append(
-                event_text(
-                    "done", view.id, view.origin.flow, **done_event(job.node, visit, outcome)
-                )
-            )
+                await self._drop([job])
+            else:
+                try:
+                    if view.steps + len(done) >= MAX_STEPS:
+                        raise RunError(too_many_steps(job.node))
+                    state, more = view.flow.advance(state, job.node, outcome.action, version)
+                    ready += more
+                    done.append((job, outcome))
+                except RunError as error:
+                    await self._fail(view.run, job, str(error))
         if not done:
-            return True
-        jobs = [Job(view.id, node, version) for node in ready]
-        room = 0 if self.stopping else max(1, self._room() + len(done))
-        processing = self.processing
+            return []
+        changes = {key: text for _, outcome in done for key, text in outcome.changes.items()}
+        usage: dict[str, int] = {}
+        for _, outcome in done:
+            usage |= {kind: usage.get(kind, 0) + n for kind, n in outcome.usage.items()}
+        visits = view.state.visits
+        log_ = [view.run.event("done", **o.event(j.node, visits.get(j.node, 1))) for j, o in done]
         context = view.context | changes
-        ended: dict[str, Any] = {}
+        jobs = [Job(view.run.id, node, version) for node in ready]
+        room = 0 if self.stopping else max(1, self._room() + len(done))
+        steps = view.steps + len(done)
+        over = {}
         if not state.tokens:
-            ended = ending(
-                view.id, view.origin, COMPLETED, result=result_of(context, view.origin.gives)
-            )
-            ended |= {"ended": True}
-        reply = await self.send(
-            *COMMIT(
-                self.key.of(view.id, view.origin, processing), changes,
-                **{
-                    **ended, "from": view.version, "version": version, "tokens": encode(state.tokens),
-                    "visits": encode(state.visits), "steps": steps, "usage": usage, "events": events,
-                    "done": [str(job) for job in done],
-                    "keep": [str(job) for job in jobs[:room]], "push": [str(job) for job in jobs[room:]],
-                },
-            )
+            over = view.run.end(COMPLETED, result=result_of(context, view.run.origin.gives))
+            over["over"] = "1"
+        reply = await view.run.change(
+            COMMIT, processing, values=changes, version=version, tokens=encode(state.tokens),
+            visits=encode(state.visits), steps=steps, usage=usage, log=log_,
+            done=[str(job) for job, _ in done], keep=[str(job) for job in jobs[:room]],
+            queue=[str(job) for job in jobs[room:]], **over, **{"from": view.version},
         )  # fmt: skip
         if len(reply) > 1 and reply[0][0]:
             view.update(*reply)
-            return False
+            return done
         view.version, view.state, view.steps, view.context = version, state, steps, context
         self.counts["done"] += len(done)
-        for job, outcome in batch:
-            log.info("done %s in %.3f s", job, outcome.seconds)
-        if reply[0] == RUNNING:
-            for job in jobs[:room]:
-                if processing == self.processing:
-                    self._begin(view, job)
-                else:
-                    await self._give_back(job, processing)
-        self._release(done)
-        return True
+        for job, outcome in done:
+            log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
+        for job in jobs[:room] if reply[0] == RUNNING else ():
+            if processing == self.processing:
+                self._begin(view, job)
+            else:  # we were buried meanwhile
+                await self._give_back(job, processing)
+        self._release(job for job, _ in done)
+        return []
 
     def _release(self, jobs: Iterable[Job]) -> None:
-        """Forget jobs that are no longer in custody."""
+        """Forget jobs that are no longer in our custody."""
         for job in jobs:
             self.held.pop(job, None)
-            if job.run in self._views and not any(held.run == job.run for held in self.held):
-                del self._views[job.run]
-        if len(self.held) <= len(self._suspects):
-            self._alone = False
-            if self._suspects:
-                self._spawn(self._try_suspect())
+            if job == self._alone:
+                self._alone = None
+        runs = {job.run for job in self.held}
+        self._views = {run: view for run, view in self._views.items() if run in runs}
+        if self._suspects:
+            self._spawn(self._run_suspect())
         self._freed.set()
 
-    async def _drop(self, jobs: Iterable[Job]) -> None:
+    async def _drop(self, jobs: list[Job]) -> None:
         for job in jobs:
             await self.send("LREM", self.processing, 1, str(job))
         self._release(jobs)
 
-    async def _fail(self, job: Job, origin: Origin, text: str) -> None:
-        log.warning("failed %s: %s", job, text.partition(":")[0])
-        args = ending(job.run, origin, FAILED, text)
-        keys = self.key.of(job.run, origin, self.processing)
-        if not await self.send(*FAIL(keys, job=str(job), **args)):
+    async def _fail(self, run: RedisRun, job: Job, text: str) -> None:
+        log.warning("failed %s", job)
+        if not await run.change(FAIL, self.processing, job=str(job), **run.end(FAILED, text)):
             self.counts["refused"] += 1
         self._release([job])
 
-    async def _give_back(self, job: Job, processing: str, crashed: bool = False) -> None:
+    async def _give_back(self, job: Job, processing: str) -> None:
+        """Put a job back, uncharged, unless it has begun and must never be begun twice."""
+        held = self.held.get(job, Held())
+        once = held.task and held.view and not held.view.flow.nodes[job.node].retries
         keys = [processing, self.key("ready"), self.key("run", job.run)]
-        await self.send(*GIVE_BACK(keys, job=str(job), crashed=crashed))
+        await self.send(*GIVE_BACK.on(keys, job=str(job), crashed=bool(once)))
         self._release([job])
 
     async def _park(self, view: View, job: Job, park: Park) -> None:
-        """Start the children, and free the slot until they have ended, or a person has answered."""
-        count = len(park.children) or 1
-        origin = replace(view.origin, depth=view.origin.depth + 1, parent=str(job))
-        starts = [
-            self.executor.start(
-                child_id(str(job), i), replace(origin, flow=child.flow, index=i, gives=child.gives),
-                view.flow.registry[child.flow], child.values, count=count,
+        """Start the children and free the slot, until they have ended or a person has answered."""
+        count, origin = len(park.children) or 1, view.run.origin
+        starts = []
+        for i, child in enumerate(park.children):
+            theirs = replace(origin, flow=child.flow, parent=str(job), index=i, gives=child.gives)
+            run = RedisRun(
+                self.executor, child_id(str(job), i), replace(theirs, depth=origin.depth + 1)
             )
-            for i, child in enumerate(park.children)
-        ]  # fmt: skip
+            starts.append(run.start(view.flow.registry[child.flow], child.values, count=count))
         await asyncio.gather(*starts)
-        event = event_text(
-            "parked", view.id, view.origin.flow, node=job.node, question=park.question
-        )
-        status = await self.send(
-            *PARK(
-                self.key.of(view.id, view.origin, self.processing), job=str(job), version=new_id(),
-                count=count, question=park.question or "", event=event,
-            )
-        )  # fmt: skip
-        if status == CANCELLED:
-            return await self._drop_cancelled(view, [job])
+        event = view.run.event("parked", node=job.node, question=park.question)
+        more = {"job": str(job), "count": count, "question": park.question or "", "event": event}
+        if await view.run.change(PARK, self.processing, **more) == CANCELLED:
+            return await self._abandon(view, job)
         self._release([job])
 
-    async def _drop_cancelled(self, view: View, jobs: list[Job]) -> None:
-        """Cancel the children of a cancelled run's jobs, and only then let go of the jobs."""
-        for job in jobs:
-            task = self.held.get(job)
-            self.held[job] = None
-            if task:
-                task.cancel()
-            count = await self.send("HGET", self.key("run", view.id, "parked"), f"{job} count")
-            for i in range(int(count or 0)):
-                child = await self.executor.find(child_id(str(job), i))
-                try:
-                    await child.cancel()
-                except RunError:
-                    pass
-        await self._drop(jobs)
+    async def _abandon(self, view: View, job: Job) -> None:
+        """End a job of a cancelled run: its node, its children, and only then its custody."""
+        if task := self.held.get(job, Held()).task:
+            self.held[job] = Held(view)
+            task.cancel()
+        count = await self.send("HGET", view.run.keys[2], f"{job} count")
+        for i in range(int(count or 0)):
+            try:
+                await (await self.executor.find(child_id(str(job), i))).cancel()
+            except RunError:
+                pass  # it has not begun, or has ended
+        await self._drop([job])
 
     # Once a second.
 
+    async def _tick(self) -> None:
+        while not self._leaving:
+            due = time.monotonic() + self.beat
+            await asyncio.sleep(self.beat)
+            if (late := time.monotonic() - due) > self.beat:
+                jobs = [str(job) for job in self.held]
+                log.warning("a node blocked the event loop for %.1f s, one of %s", late, jobs)
+            if await self._beat():
+                await self._audit()
+                for view in [*self._views.values()]:
+                    if await self.send("HGET", view.run.keys[0], "status") == CANCELLED:
+                        for job in [job for job, held in self.held.items() if held.view is view]:
+                            await self._abandon(view, job)
+                if time.monotonic() - self.executor.link.back_since > self.lease:
+                    await self._reap()
+            else:
+                log.warning("%s was taken for dead; going on under another name", self.id)
+                self.counts["buried"] += 1
+                await self._hand_back()
+                self._be_born()
+                await self._beat(born=True)
+
     async def _beat(self, born: bool = False) -> bool:
-        doing = encode({str(job): bool(task) for job, task in self.held.items()})
-        keys = [self.key("worker", self.id), self.key("workers")]
-        lease = int(self.lease * 1000)
+        now = time.monotonic()
+        doing = encode({str(job): round(now - held.since, 1) for job, held in self.held.items()})
+        a = {"worker": self.id, "lease": int(self.lease * 1000), "doing": doing, "born": born}
         return bool(
-            await self.send(
-                *BEAT(keys, worker=self.id, lease=lease, doing=doing, born=born or None)
-            )
+            await self.send(*BEAT.on([self.key("worker", self.id), self.key("workers")], **a))
         )
 
-    async def _tick(self) -> None:
-        while not self.stopping or self.held:
-            began = time.monotonic()
-            await asyncio.sleep(self.beat)
-            late = time.monotonic() - began - self.beat
-            if late > self.beat:
-                log.warning(
-                    "a node blocked the event loop for %.1f s; one of %s",
-                    late,
-                    [str(job) for job in self.held],
-                )
-            if not await self._beat():
-                await self._rise_again()
-                continue
-            await self._audit()
-            await self._watch_runs()
-            if time.monotonic() - self.executor.link.back_since > self.lease:
-                await self._reap()
-
-    async def _rise_again(self) -> None:
-        """We were taken for dead: give back what is ours, and go on under a new name."""
-        self.counts["buried"] += 1
-        log.warning("%s was taken for dead; going on under another name", self.id)
-        processing, held = self.processing, self.held
-        self._be_born()
-        await self._beat(born=True)
-        for task in held.values():
-            if task:
-                task.cancel()
-        for text in await self.send("LRANGE", processing, 0, -1):
-            await self._give_back(Job(*text.split("/")), processing)
-
     async def _audit(self) -> None:
-        """Give back what is in our list without our knowledge: a reply was lost."""
+        """Give back what is in our list without our knowing, twice in a row: a reply was lost."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
-        strange = {text for text in listed if Job(*text.split("/")) not in self.held}
-        for text in strange & self._strange:
+        unknown = {text for text in listed if Job(*text.split("/")) not in self.held}
+        for text in unknown & self._unknown:
+            log.warning("did not know that we have %s; giving it back", text)
             self.counts["audited"] += 1
-            log.warning("found %s, which we did not know of; giving it back", text)
             await self._give_back(Job(*text.split("/")), self.processing)
-        self._strange = strange - self._strange
-
-    async def _watch_runs(self) -> None:
-        """End the work on runs that were cancelled."""
-        for run, view in [*self._views.items()]:
-            status = await self.send("HGET", self.key("run", run), "status")
-            if status == CANCELLED:
-                await self._drop_cancelled(view, [job for job in self.held if job.run == run])
+        self._unknown = unknown
 
     async def _reap(self) -> None:
-        """Give back what dead workers had taken."""
-        workers = await self.send("ZRANGE", self.key("workers"), 0, -1)
-        buried = await self.send("ZRANGE", self.key("buried"), 0, -1)
-        for worker in [*workers, *buried]:
-            if worker == self.id or await self.send("EXISTS", self.key("worker", worker)):
-                continue
-            processing = self.key("processing", worker)
-            jobs = await self.send("LRANGE", processing, 0, 999)
-            if worker in buried and not jobs:
-                continue
-            keys = [
-                self.key("worker", worker),
-                processing,
-                self.key("workers"),
-                self.key("buried"),
-                self.key("ready"),
-            ]
-            keys += [self.key("run", text.split("/")[0]) for text in jobs]
-            moved = await self.send(*REAP(keys, worker=worker, jobs=jobs))
-            self.counts["reaped"] += moved
-            log.warning("worker %s is dead; gave back its %d jobs", worker, moved)
+        """Give back what dead workers had taken, and what came into their lists since."""
+        for worker in await self.send("ZRANGE", self.key("workers"), 0, -1):
+            if not await self.send("EXISTS", self.key("worker", worker)):
+                await self._reap_one(worker)
+        for worker in await self.send("ZRANGE", self.key("buried"), 0, -1):
+            if await self.send("EXISTS", self.key("processing", worker)):
+                await self._reap_one(worker)
 
-    async def _leave(self) -> None:
-        """Finish what ends within the grace period, and give back the rest."""
-        deadline = time.monotonic() + self.grace
-        while self.held and time.monotonic() < deadline:
-            self._freed.clear()
-            try:
-                await asyncio.wait_for(self._freed.wait(), max(0.01, deadline - time.monotonic()))
-            except asyncio.TimeoutError:
-                break
-        for job, task in [*self.held.items()]:
-            self.held[job] = None
-            if task:
-                task.cancel()
-            await self._give_back(job, self.processing)
+    async def _reap_one(self, worker: str) -> None:
+        processing = self.key("processing", worker)
+        jobs = await self.send("LRANGE", processing, 0, 999)
+        keys = [self.key(name) for name in ("workers", "buried", "ready")]
+        keys = [self.key("worker", worker), processing, *keys]
+        keys += [self.key("run", text.split("/")[0]) for text in jobs]
+        moved = await self.send(*REAP.on(keys, worker=worker, jobs=jobs))
+        self.counts["reaped"] += moved
+        log.warning("worker %s is dead; gave back %d jobs", worker, moved)
+
+    async def _hand_back(self) -> None:
+        """End the nodes that still execute, and give back all that is in our list."""
+        for held in self.held.values():
+            if held.task:
+                held.task.cancel()
         for text in await self.send("LRANGE", self.processing, 0, -1):
             await self._give_back(Job(*text.split("/")), self.processing)
-        await self.send("ZREM", self.key("workers"), self.id)
-        await self.send("DEL", self.key("worker", self.id))
+        self.held.clear()
