@@ -273,10 +273,10 @@ class Outcome(NamedTuple):
     usage: dict[str, int]
     seconds: float
 
-    def event(self, node: str, visit: int) -> dict[str, Any]:
+    def event(self, node: str, visits: Mapping[str, int]) -> dict[str, Any]:
         """What is recorded of it."""
-        event = {"node": node, "visit": visit, "action": self.action, "usage": self.usage}
-        return event | {"seconds": round(self.seconds, 3)}
+        found = {"node": node, "visit": visits.get(node, 1), "action": self.action}
+        return found | {"seconds": round(self.seconds, 3), "usage": self.usage}
 
 
 Retrying = Callable[[str, float], Awaitable[None]]  # is told why a node waits, and how long
@@ -973,7 +973,7 @@ class MemoryRun(Run):
                 async with self._slots:
                     outcome = await execute(node, ctx, failure, retrying)
                 if not isinstance(outcome, Park):
-                    return self._commit(id, visit, outcome)
+                    return self._commit(id, outcome)
                 self._tell("parked", node=id, question=outcome.question)
                 try:
                     results = await self._wait_for(job, id, outcome)
@@ -1001,15 +1001,16 @@ class MemoryRun(Run):
         if self._status != COMPLETED:
             raise RunError(failure_of(self.id, self._flow.id, self._status, self._error))
 
-    def _commit(self, node: str, visit: int, outcome: Outcome) -> None:
+    def _commit(self, node: str, outcome: Outcome) -> None:
         if self._steps >= MAX_STEPS:
             raise RunError(too_many_steps(node))
+        event = outcome.event(node, self._state.visits)
         self._state, ready = self._flow.advance(self._state, node, outcome.action, new_id())
         self._steps += 1
         self._values = self._values | outcome.changes
         for kind, count in outcome.usage.items():
             self._root._usage[kind] = self._root._usage.get(kind, 0) + count
-        self._tell("done", **outcome.event(node, visit))
+        self._tell("done", **event)
         if not self._state.tokens:
             self._end(COMPLETED)
         elif self._status == RUNNING:  # a failed run keeps what its other nodes still finish
@@ -1065,6 +1066,11 @@ class Job(NamedTuple):
     def __str__(self) -> str:
         return "/".join(self)
 
+    @classmethod
+    def of(cls, text: str) -> Job:
+        """The job that this is the text of."""
+        return cls(*text.split("/"))
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -1095,8 +1101,9 @@ end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
 end
-local function live(days)
-  for _, key in ipairs({run, context, parked, events}) do call('EXPIRE', key, days * 86400) end
+local function live(days)  -- of a child, the events are its root's
+  for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
+  call('EXPIRE', events, (run == root and days or 30) * 86400)
 end
 local function crash(run, job)
   if call('EXISTS', run) == 1 then call('HINCRBY', run, 'crashes ' .. job, 1) end
@@ -1189,11 +1196,11 @@ return {found, call('HGETALL', context), crashes, waits}
 # the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
 # whoever commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
 #   KEYS  as in SHARED, processing
-#   a     from version done tokens visits steps usage log keep queue, over event parent index told
+#   a     seen version done tokens visits steps usage log keep queue, over event parent index told
 #   gives the status, or as CLAIM does what stands there instead
 COMMIT = Script("""
 local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
-if found[1] ~= a.from then return {found, call('HGETALL', context)} end
+if found[1] ~= a.seen then return {found, call('HGETALL', context)} end
 for _, job in ipairs(a.done) do call('LREM', mine, 1, job) end
 put_context()
 for kind, count in pairs(a.usage) do call('HINCRBY', root, 'usage ' .. kind, count) end
@@ -1401,7 +1408,7 @@ class Link:
 
     async def open(self, probe: str) -> None:
         """Find out, with a key that holds nothing, whether this Redis will do; else RedisError."""
-        await self.client.execute_command("LMOVE", probe, probe, "RIGHT", "LEFT")
+        await self.client.lmove(probe, probe, "RIGHT", "LEFT")
         await self._load()
         self.back_since = time.monotonic()
 
@@ -1487,13 +1494,17 @@ class RedisExecutor:
         await run.start(flow, flow.begin(inputs), graph=graph)
         return run
 
-    async def find(self, id: str) -> RedisRun:
-        """A run that exists; RunError where it does not."""
+    async def look_for(self, id: str) -> RedisRun | None:
+        """The run with this id, if there is one."""
         key = self.key("run", id)
         origin = await self.send("HGET", key, "origin") if SAFE_ID.fullmatch(id) else None
-        if not origin:
-            raise RunError(f"there is no run {id!r:.140} on this Redis; it may have expired")
-        return RedisRun(self, id, Origin(**json.loads(origin)))
+        return RedisRun(self, id, Origin(**json.loads(origin))) if origin else None
+
+    async def find(self, id: str) -> RedisRun:
+        """A run that exists; RunError where it does not."""
+        if run := await self.look_for(id):
+            return run
+        raise RunError(f"there is no run {id!r:.140} on this Redis; it may have expired")
 
 
 class RedisRun(Run):
@@ -1554,6 +1565,17 @@ class RedisRun(Run):
         where = (self.id, self.origin.flow, run["status"], result, context, run.get("error", ""))
         return Status(*where, usage, json.loads(run["tokens"]))
 
+    async def keep_alive(self) -> None:
+        """Refresh the TTL of a run that has not ended, of its graph, and of its children."""
+        if (await self.status()).status in (RUNNING, FAILED):
+            for key in [*self.keys[:5], self.executor.key("graph", self.origin.graph)]:
+                await self.executor.send("EXPIRE", key, 30 * 86400)
+            for name, text in pairs(await self.executor.send("HGETALL", self.keys[2])).items():
+                job, _, what = name.partition(" ")
+                for i in range(int(text) if what == "count" else 0):
+                    if child := await self.executor.look_for(child_id(job, i)):
+                        await child.keep_alive()
+
     async def events(self) -> AsyncIterator[Event]:
         """What has happened, from the start, and what happens, until the run has ended."""
         last, send = "-", self.executor.send
@@ -1605,28 +1627,22 @@ class RedisRun(Run):
 # not talk to Redis: safety comes from the processing list, not from `finally`.
 
 CRASHES = 5  # how often a job may be with a worker that dies before its run fails
-Result = tuple[Job, Outcome]
 
 
-@dataclass
-class View:
+class View(RedisRun):
     """What a worker knows of a run: a version, and the state and context that belong to it."""
 
-    run: RedisRun
-    flow: Flow
-    status: str = RUNNING
-    version: str = ""
-    state: State = field(default_factory=lambda: State({}, {}))
-    steps: int = 0
-    context: dict[str, str] = field(default_factory=dict)
-    ended: list[Result] = field(default_factory=list)  # waits for the next commit
-    committing: bool = False
+    def __init__(self, executor: RedisExecutor, id: str, origin: Origin, flow: Flow) -> None:
+        super().__init__(executor, id, origin)
+        self.flow = flow
+        self.ended: list[tuple[Job, Outcome]] = []  # waits for the next commit
+        self.committing = False
 
-    def update(self, found: list[str], context: Any) -> None:
+    def update(self, found: list[str], context: dict[str, str]) -> None:
         """Take over what stands in Redis."""
-        self.version, self.status, self.context = found[0], found[1], pairs(context)
-        self.state = State(json.loads(found[2]), json.loads(found[3]))
-        self.steps = int(found[4])
+        self.version, self.phase, tokens, visits, steps = found[:5]
+        self.state, self.steps = State(json.loads(tokens), json.loads(visits)), int(steps)
+        self.context = context
 
 
 @dataclass
@@ -1635,6 +1651,7 @@ class Held:
 
     view: View | None = None  # once it is claimed
     task: asyncio.Task[Outcome | Park] | None = None  # while its node executes
+    begun: bool = False
     since: float = field(default_factory=time.monotonic)
 
 
@@ -1642,9 +1659,14 @@ class Worker:
     """Runs jobs until it is told to stop."""
 
     def __init__(
-        self, url: str = "redis://localhost:6379", namespace: str = "agentflow", concurrency: int = 10,
-        grace: float = 30.0, lease: float = 6.0, beat: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        url: str = "redis://localhost:6379",
+        namespace: str = "agentflow",
+        concurrency: int = 10,
+        grace: float = 30.0,
+        lease: float = 6.0,
+        beat: float = 1.0,
+    ) -> None:
         self.executor = RedisExecutor(url, namespace)
         self.key, self.send = self.executor.key, self.executor.send
         self.fetch = connect(url)  # BLMOVE waits on a connection of its own
@@ -1652,7 +1674,6 @@ class Worker:
         self.stopping = self._leaving = False
         self.counts = dict.fromkeys(("done", "refused", "audited", "reaped", "buried"), 0)
         self._registries: dict[str, Registry] = {}  # by graph
-        self._views: dict[str, View] = {}  # by run
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
         self._be_born()
@@ -1661,6 +1682,7 @@ class Worker:
         self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
         self.processing = self.key("processing", self.id)
         self.held: dict[Job, Held] = {}
+        self._views: dict[str, View] = {}  # of the runs of these jobs
         self._suspects: list[tuple[Job, list[Any] | None, str]] = []  # have crashed before
         self._alone: Job | None = None  # the suspect that runs
         self._unknown: set[str] = set()  # in our list, but not held, when we looked last
@@ -1680,10 +1702,7 @@ class Worker:
         while self.held and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._leaving = True
-        await tick
-        await self._hand_back()
-        await self.send("ZREM", self.key("workers"), self.id)
-        await self.send("DEL", self.key("worker", self.id))
+        await asyncio.wait([self._spawn(self._leave(tick))], timeout=5)  # Redis may be away
         await self.fetch.aclose()
         await self.executor.close()
 
@@ -1692,45 +1711,58 @@ class Worker:
         self.stopping = True
         self._freed.set()
 
+    async def _leave(self, tick: asyncio.Task[Any]) -> None:
+        await tick
+        await self._hand_back()
+        await self.send("ZREM", self.key("workers"), self.id)
+        await self.send("DEL", self.key("worker", self.id))
+
     def _room(self) -> int:
         return 0 if self._suspects or self._alone else self.concurrency - len(self.held)
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def _spawn(self, work: Coroutine[Any, Any, Any], run: str = "") -> asyncio.Task[Any]:
         def landed(task: asyncio.Task[Any]) -> None:
             self._tasks.discard(task)
             if not task.cancelled() and (error := task.exception()):
-                log.error("this should not happen; the job stays in our list", exc_info=error)
+                log.error("Redis refused a command; its jobs are given back", exc_info=error)
+                self._forget(
+                    j for j, held in [*self.held.items()] if j.run == run and not held.task
+                )
 
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(landed)
         return task
 
+    # Taking jobs, and running them.
+
     async def _take(self, room: int) -> None:
         """Take up to this many jobs; return after a second without one."""
         processing = self.processing
-        move = (self.key("ready"), processing, "RIGHT", "LEFT")
+        ends = (self.key("ready"), processing)
         taken: list[str | None] = []
         try:
-            taken.append(await self.fetch.execute_command("BLMOVE", *move, 1))
+            taken.append(await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT"))
             if taken[0] and room > 1:
                 async with self.fetch.pipeline(transaction=False) as pipe:
                     for _ in range(room - 1):
-                        pipe.execute_command("LMOVE", *move)
+                        pipe.lmove(*ends, "RIGHT", "LEFT")
                     taken += await pipe.execute()
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
             await asyncio.sleep(0.2)
         by_run: dict[str, list[Job]] = {}
-        for job in [Job(*text.split("/")) for text in taken if text]:
-            if processing == self.processing:
+        for job in [Job.of(text) for text in taken if text]:
+            if processing != self.processing:  # we were buried meanwhile
+                await self._give_back(job, processing)
+            elif job in self.held:  # a resume queued it again
+                await self.send("LREM", processing, 1, str(job))
+            else:
                 self.held[job] = Held()
                 by_run.setdefault(job.run, []).append(job)
-            else:  # we were buried meanwhile
-                await self._give_back(job, processing)
         for id, jobs in by_run.items():
-            self._spawn(self._claim(id, jobs))
+            self._spawn(self._claim(id, jobs), id)
 
     async def _claim(self, id: str, jobs: list[Job]) -> None:
         """Read what these jobs of one run need, and begin them."""
@@ -1740,15 +1772,17 @@ class Worker:
         if not found[0]:
             log.warning("run %s has expired; dropping %s", id, [str(job) for job in jobs])
             return await self._drop(jobs)
-        run = RedisRun(self.executor, id, Origin(**json.loads(found[5])))
-        try:
-            view = self._views.get(id) or View(run, await self._flow(run.origin))
-        except GraphError as error:
-            for job in jobs:
-                await self._fail(run, job, f"worker {self.id} lacks something: {error}")
-            return
-        self._views[id] = view
-        view.update(found, context)
+        if id not in self._views:
+            origin = Origin(**json.loads(found[5]))
+            try:
+                self._views[id] = View(self.executor, id, origin, await self._flow(origin))
+            except GraphError as error:
+                run = RedisRun(self.executor, id, origin)
+                for job in jobs:
+                    await self._fail(run, job, f"worker {self.id} lacks something: {error}")
+                return
+        view = self._views[id]
+        view.update(found, pairs(context))
         for job, count in zip(jobs, crashes, strict=True):
             if job in self.held:
                 self.held[job].view = view
@@ -1763,13 +1797,13 @@ class Worker:
 
     async def _admit(self, view: View, job: Job, crashes: int, parked: dict[str, str]) -> None:
         """Begin a claimed job, unless it must not run, or not yet."""
-        if view.status == CANCELLED:
+        if view.phase == CANCELLED:
             return await self._abandon(view, job)
-        if view.status != RUNNING or view.state.tokens.get(job.node) != job.token:
+        if view.phase != RUNNING or view.state.tokens.get(job.node) != job.token:
             return await self._drop([job])  # a resume queues it anew, or it was committed already
         if crashes >= (CRASHES if view.flow.nodes[job.node].retries else 1):
             text = f'node "{job.node}": {crashes} workers died while they ran it'
-            return await self._fail(view.run, job, text)
+            return await self._fail(view, job, text)
         count = int(parked.get(f"{job} count", 0))
         told = [json.loads(parked.get(f"{job} {i}", "null")) for i in range(count)]
         failure = next((text for status, text in filter(None, told) if status != COMPLETED), "")
@@ -1784,113 +1818,121 @@ class Worker:
         """Run a job that has crashed when nothing else runs here, so that it takes no other job
         down with it; give back the other suspects."""
         if self._suspects and not self._alone and len(self.held) == len(self._suspects):
-            (self._alone, *work), *others = self._suspects
-            self._suspects = []
-            for job, *_ in others:
-                await self._give_back(job, self.processing)
-            if view := self.held[self._alone].view:
-                self._begin(view, self._alone, *work)
+            (job, results, failure), *others = self._suspects
+            self._suspects, self._alone = [], job
+            for other, *_ in others:
+                await self._give_back(other, self.processing)
+            if view := self.held[job].view:
+                self._begin(view, job, results, failure)
 
     def _begin(
         self, view: View, job: Job, results: list[Any] | None = None, failure: str = ""
     ) -> None:
-        origin, visit = view.run.origin, view.state.visits.get(job.node, 1)
+        origin, visit = view.origin, view.state.visits.get(job.node, 1)
         ctx = Context(view.context, str(job), visit, origin.dry_run, origin.depth, results)
 
         async def retrying(reason: str, delay: float) -> None:
-            event = view.run.event("retrying", node=job.node, error=reason, delay=delay)
-            await view.run.change(NOTE, event=event)
+            event = view.event("retrying", node=job.node, error=reason, delay=round(delay, 3))
+            await view.change(NOTE, event=event)
 
         task = asyncio.create_task(execute(view.flow.nodes[job.node], ctx, failure, retrying))
-        self.held[job] = Held(view, task)
+        self.held[job] = Held(view, task, begun=True)
         task.add_done_callback(lambda task: self._executed(view, job, task))
 
     def _executed(self, view: View, job: Job, task: asyncio.Task[Outcome | Park]) -> None:
-        if job not in self.held or self.held[job].task is not task:
+        held = self.held.get(job)
+        if not held or held.task is not task:
             return  # it was cancelled, or we were buried
+        held.task = None
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error:
             text = str(error) if isinstance(error, RunError) else f'node "{job.node}": {error!r}'
-            self._spawn(self._fail(view.run, job, text))
+            self._spawn(self._fail(view, job, text), view.id)
         elif isinstance(outcome := task.result(), Park):
-            self._spawn(self._park(view, job, outcome))
+            self._spawn(self._park(view, job, outcome), view.id)
         else:
             view.ended.append((job, outcome))
             if not view.committing:
-                view.committing = True
-                self._spawn(self._commit_all(view))
+                self._spawn(self._commit_all(view), view.id)
+
+    # Letting go of jobs: every way ends the custody in Redis first, and here after that.
 
     async def _commit_all(self, view: View) -> None:
         """A run's commits take turns; what ends meanwhile shares the next one."""
+        view.committing = True
         try:
             while view.ended:
                 await asyncio.sleep(0)
                 batch, view.ended = view.ended, []
-                while batch := await self._commit(view, batch):
+                while batch and not await self._commit(view, batch):
                     pass
         finally:
             view.committing = False
 
-    async def _commit(self, view: View, batch: list[Result]) -> list[Result]:
-        """Decide what these ends lead to, and record it; gives back what has to be decided again,
-        since the run had moved."""
+    async def _commit(self, view: View, batch: list[tuple[Job, Outcome]]) -> bool:
+        """Decide what these ends lead to, and record it. False where the run had moved on
+        meanwhile: what stands there is in the view now, from which to decide again."""
         state, version, processing = view.state, new_id(), self.processing
-        ready: list[str] = []
-        done: list[Result] = []
-        for job, outcome in batch:
-            if view.status == CANCELLED:
-                await self._abandon(view, job)
-            elif state.tokens.get(job.node) != job.token:
-                self.counts["refused"] += 1
-                await self._drop([job])
-            else:
-                try:
-                    if view.steps + len(done) >= MAX_STEPS:
-                        raise RunError(too_many_steps(job.node))
-                    state, more = view.flow.advance(state, job.node, outcome.action, version)
-                    ready += more
-                    done.append((job, outcome))
-                except RunError as error:
-                    await self._fail(view.run, job, str(error))
-        if not done:
-            return []
-        changes = {key: text for _, outcome in done for key, text in outcome.changes.items()}
-        usage: dict[str, int] = {}
-        for _, outcome in done:
-            usage |= {kind: usage.get(kind, 0) + n for kind, n in outcome.usage.items()}
-        visits = view.state.visits
-        log_ = [view.run.event("done", **o.event(j.node, visits.get(j.node, 1))) for j, o in done]
+        nodes: list[str] = []  # that become active
+        for job, outcome in [*batch]:
+            try:
+                if view.phase == CANCELLED or state.tokens.get(job.node) != job.token:
+                    self.counts["refused"] += 1
+                    batch.remove((job, outcome))
+                    await self._abandon(view, job)
+                    continue
+                if view.steps + len(batch) > MAX_STEPS:
+                    raise RunError(too_many_steps(job.node))
+                state, ready = view.flow.advance(state, job.node, outcome.action, version)
+                nodes += ready
+            except RunError as error:
+                batch.remove((job, outcome))
+                await self._fail(view, job, str(error))
+        if not batch:
+            return True
+        changes = {key: text for _, outcome in batch for key, text in outcome.changes.items()}
         context = view.context | changes
-        jobs = [Job(view.run.id, node, version) for node in ready]
-        room = 0 if self.stopping else max(1, self._room() + len(done))
-        steps = view.steps + len(done)
-        over = {}
+        jobs = [Job(view.id, node, version) for node in nodes]
+        room = 0 if self.stopping else max(1, self._room() + len(batch))
+        end: dict[str, Any] = {}
         if not state.tokens:
-            over = view.run.end(COMPLETED, result=result_of(context, view.run.origin.gives))
-            over["over"] = "1"
-        reply = await view.run.change(
-            COMMIT, processing, values=changes, version=version, tokens=encode(state.tokens),
-            visits=encode(state.visits), steps=steps, usage=usage, log=log_,
-            done=[str(job) for job, _ in done], keep=[str(job) for job in jobs[:room]],
-            queue=[str(job) for job in jobs[room:]], **over, **{"from": view.version},
-        )  # fmt: skip
-        if len(reply) > 1 and reply[0][0]:
-            view.update(*reply)
-            return done
-        view.version, view.state, view.steps, view.context = version, state, steps, context
-        self.counts["done"] += len(done)
-        for job, outcome in done:
+            end = view.end(COMPLETED, result=result_of(context, view.origin.gives)) | {"over": 1}
+        reply = await view.change(
+            COMMIT,
+            processing,
+            values=changes,
+            seen=view.version,
+            version=version,
+            tokens=encode(state.tokens),
+            visits=encode(state.visits),
+            steps=view.steps + len(batch),
+            usage=add_up(outcome.usage for _, outcome in batch),
+            log=[view.event("done", **o.event(j.node, view.state.visits)) for j, o in batch],
+            done=[str(job) for job, _ in batch],
+            keep=[str(job) for job in jobs[:room]],
+            queue=[str(job) for job in jobs[room:]],
+            **end,
+        )
+        if len(reply) > 1:
+            if reply[0][0]:
+                view.update(reply[0], pairs(reply[1]))
+                return False
+            await self._drop([job for job, _ in batch])  # the run has expired
+            return True
+        view.version, view.state, view.context = version, state, context
+        view.steps += len(batch)
+        self.counts["done"] += len(batch)
+        for job, outcome in batch:
             log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
         for job in jobs[:room] if reply[0] == RUNNING else ():
             if processing == self.processing:
                 self._begin(view, job)
             else:  # we were buried meanwhile
                 await self._give_back(job, processing)
-        self._release(job for job, _ in done)
-        return []
+        self._forget(job for job, _ in batch)
+        return True
 
-    def _release(self, jobs: Iterable[Job]) -> None:
-        """Forget jobs that are no longer in our custody."""
+    def _forget(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self.held.pop(job, None)
             if job == self._alone:
@@ -1904,118 +1946,142 @@ class Worker:
     async def _drop(self, jobs: list[Job]) -> None:
         for job in jobs:
             await self.send("LREM", self.processing, 1, str(job))
-        self._release(jobs)
+        self._forget(jobs)
 
     async def _fail(self, run: RedisRun, job: Job, text: str) -> None:
         log.warning("failed %s", job)
         if not await run.change(FAIL, self.processing, job=str(job), **run.end(FAILED, text)):
             self.counts["refused"] += 1
-        self._release([job])
+        self._forget([job])
 
     async def _give_back(self, job: Job, processing: str) -> None:
         """Put a job back, uncharged, unless it has begun and must never be begun twice."""
         held = self.held.get(job, Held())
-        once = held.task and held.view and not held.view.flow.nodes[job.node].retries
+        once = held.begun and held.view and not held.view.flow.nodes[job.node].retries
         keys = [processing, self.key("ready"), self.key("run", job.run)]
         await self.send(*GIVE_BACK.on(keys, job=str(job), crashed=bool(once)))
-        self._release([job])
+        self._forget([job])
 
     async def _park(self, view: View, job: Job, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
-        count, origin = len(park.children) or 1, view.run.origin
-        starts = []
-        for i, child in enumerate(park.children):
-            theirs = replace(origin, flow=child.flow, parent=str(job), index=i, gives=child.gives)
-            run = RedisRun(
-                self.executor, child_id(str(job), i), replace(theirs, depth=origin.depth + 1)
-            )
-            starts.append(run.start(view.flow.registry[child.flow], child.values, count=count))
-        await asyncio.gather(*starts)
-        event = view.run.event("parked", node=job.node, question=park.question)
-        more = {"job": str(job), "count": count, "question": park.question or "", "event": event}
-        if await view.run.change(PARK, self.processing, **more) == CANCELLED:
+        theirs = replace(view.origin, parent=str(job), depth=view.origin.depth + 1)
+        count = len(park.children) or 1
+        for at in range(0, len(park.children), 100):
+            starts = []
+            for i, child in [*enumerate(park.children)][at : at + 100]:
+                origin = replace(theirs, flow=child.flow, index=i, gives=child.gives)
+                run = RedisRun(self.executor, child_id(str(job), i), origin)
+                starts.append(run.start(view.flow.registry[child.flow], child.values, count=count))
+            await asyncio.gather(*starts)
+        question = park.question or ""
+        event = view.event("parked", node=job.node, question=question)
+        more: dict[str, Any] = {"count": count, "question": question, "event": event}
+        if await view.change(PARK, self.processing, job=str(job), **more) == CANCELLED:
             return await self._abandon(view, job)
-        self._release([job])
+        self._forget([job])
 
     async def _abandon(self, view: View, job: Job) -> None:
-        """End a job of a cancelled run: its node, its children, and only then its custody."""
-        if task := self.held.get(job, Held()).task:
-            self.held[job] = Held(view)
-            task.cancel()
-        count = await self.send("HGET", view.run.keys[2], f"{job} count")
-        for i in range(int(count or 0)):
-            try:
-                await (await self.executor.find(child_id(str(job), i))).cancel()
-            except RunError:
-                pass  # it has not begun, or has ended
+        """Let go of a job whose token is gone or whose run is cancelled: of that, end the node
+        and cancel the children before the custody."""
+        if held := self.held.get(job):
+            task, held.task = held.task, None
+            if task:
+                task.cancel()
+        count = await self.send("HGET", view.keys[2], f"{job} count")
+        for i in range(int(count or 0) if view.phase == CANCELLED else 0):
+            if child := await self.executor.look_for(child_id(str(job), i)):
+                await child.change(CANCEL, **child.end(CANCELLED, "with its parent"))
         await self._drop([job])
 
     # Once a second.
 
     async def _tick(self) -> None:
+        hour = 0.0
         while not self._leaving:
             due = time.monotonic() + self.beat
             await asyncio.sleep(self.beat)
             if (late := time.monotonic() - due) > self.beat:
                 jobs = [str(job) for job in self.held]
                 log.warning("a node blocked the event loop for %.1f s, one of %s", late, jobs)
-            if await self._beat():
-                await self._audit()
-                for view in [*self._views.values()]:
-                    if await self.send("HGET", view.run.keys[0], "status") == CANCELLED:
-                        for job in [job for job, held in self.held.items() if held.view is view]:
-                            await self._abandon(view, job)
-                if time.monotonic() - self.executor.link.back_since > self.lease:
-                    await self._reap()
-            else:
+            if not await self._beat():
                 log.warning("%s was taken for dead; going on under another name", self.id)
                 self.counts["buried"] += 1
                 await self._hand_back()
                 self._be_born()
                 await self._beat(born=True)
+            await self._audit()
+            await self._watch()
+            if time.monotonic() - self.executor.link.back_since > self.lease:
+                await self._reap()
+            if time.monotonic() > hour:
+                hour = time.monotonic() + 3600
+                await self._keep_alive()
 
     async def _beat(self, born: bool = False) -> bool:
         now = time.monotonic()
         doing = encode({str(job): round(now - held.since, 1) for job, held in self.held.items()})
-        a = {"worker": self.id, "lease": int(self.lease * 1000), "doing": doing, "born": born}
-        return bool(
-            await self.send(*BEAT.on([self.key("worker", self.id), self.key("workers")], **a))
-        )
+        lease = int(self.lease * 1000)
+        keys = [self.key("worker", self.id), self.key("workers")]
+        beat = BEAT.on(keys, worker=self.id, lease=lease, doing=doing, born=born)
+        return bool(await self.send(*beat))
 
     async def _audit(self) -> None:
         """Give back what is in our list without our knowing, twice in a row: a reply was lost."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
-        unknown = {text for text in listed if Job(*text.split("/")) not in self.held}
+        unknown = {text for text in listed if Job.of(text) not in self.held}
         for text in unknown & self._unknown:
             log.warning("did not know that we have %s; giving it back", text)
             self.counts["audited"] += 1
-            await self._give_back(Job(*text.split("/")), self.processing)
+            await self._give_back(Job.of(text), self.processing)
         self._unknown = unknown
 
-    async def _reap(self) -> None:
-        """Give back what dead workers had taken, and what came into their lists since."""
-        for worker in await self.send("ZRANGE", self.key("workers"), 0, -1):
-            if not await self.send("EXISTS", self.key("worker", worker)):
-                await self._reap_one(worker)
-        for worker in await self.send("ZRANGE", self.key("buried"), 0, -1):
-            if await self.send("EXISTS", self.key("processing", worker)):
-                await self._reap_one(worker)
+    async def _watch(self) -> None:
+        """Stop working on runs that were cancelled."""
+        for view in [*self._views.values()]:
+            if await self.send("HGET", view.keys[0], "status") == CANCELLED:
+                view.phase = CANCELLED
+                for job in [j for j, held in self.held.items() if held.view is view and held.task]:
+                    await self._abandon(view, job)
 
-    async def _reap_one(self, worker: str) -> None:
-        processing = self.key("processing", worker)
-        jobs = await self.send("LRANGE", processing, 0, 999)
-        keys = [self.key(name) for name in ("workers", "buried", "ready")]
-        keys = [self.key("worker", worker), processing, *keys]
-        keys += [self.key("run", text.split("/")[0]) for text in jobs]
-        moved = await self.send(*REAP.on(keys, worker=worker, jobs=jobs))
-        self.counts["reaped"] += moved
-        log.warning("worker %s is dead; gave back %d jobs", worker, moved)
+    async def _reap(self) -> None:
+        """Give back what dead workers had taken, and what has come into their lists since."""
+        workers = await self.send("ZRANGE", self.key("workers"), 0, -1)
+        buried = await self.send("ZRANGE", self.key("buried"), 0, -1)
+        alive = await asyncio.gather(*(self.send("EXISTS", self.key("worker", w)) for w in workers))
+        lists = [self.key("processing", worker) for worker in buried]
+        full = await asyncio.gather(*(self.send("EXISTS", name) for name in lists))
+        dead = [worker for worker, lives in zip(workers, alive, strict=True) if not lives]
+        for worker in dead + [worker for worker, some in zip(buried, full, strict=True) if some]:
+            jobs = await self.send("LRANGE", self.key("processing", worker), 0, 999)
+            keys = [self.key("worker", worker), self.key("processing", worker)]
+            keys += [self.key(name) for name in ("workers", "buried", "ready")]
+            keys += [self.key("run", Job.of(text).run) for text in jobs]
+            moved = await self.send(*REAP.on(keys, worker=worker, jobs=jobs))
+            self.counts["reaped"] += moved
+            log.warning("worker %s is dead; gave back %d jobs", worker, moved)
+
+    async def _keep_alive(self) -> None:
+        """Refresh the TTL of runs that only wait; forget those that have expired."""
+        for id in await self.send("ZRANGE", self.key("runs"), 0, -1):
+            if run := await self.executor.look_for(id):
+                await run.keep_alive()
+            else:
+                await self.send("ZREM", self.key("runs"), id)
 
     async def _hand_back(self) -> None:
         """End the nodes that still execute, and give back all that is in our list."""
         for held in self.held.values():
-            if held.task:
-                held.task.cancel()
+            task, held.task = held.task, None
+            if task:
+                task.cancel()
         for text in await self.send("LRANGE", self.processing, 0, -1):
-            await self._give_back(Job(*text.split("/")), self.processing)
-        self.held.clear()
+            await self._give_back(Job.of(text), self.processing)
+        self._forget([*self.held])
+
+
+def add_up(usages: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sums by kind."""
+    total: dict[str, int] = {}
+    for usage in usages:
+        total |= {kind: total.get(kind, 0) + count for kind, count in usage.items()}
+    return total
