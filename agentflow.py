@@ -922,7 +922,8 @@ class MemoryRun(Run):
         self._root: MemoryRun = parent._root if parent else self
         self._usage: dict[str, int] = {}  # in a root: that of its children, too
         self._log: list[Event] = []  # likewise
-        self._news = asyncio.Event()  # set, and replaced, whenever something has happened
+        self._news: asyncio.Event | None = None  # set when something has happened, if one waits
+        self._over = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._questions: dict[str, asyncio.Future[Any]] = {}  # by the node that asks
         self._state, ready = flow.first(new_id())
@@ -934,10 +935,16 @@ class MemoryRun(Run):
         seen = 0
         while self._status == RUNNING or seen < len(self._log):
             if seen == len(self._log):
+                self._news = self._news or asyncio.Event()
                 await self._news.wait()
             for event in self._log[seen:]:
                 seen += 1
                 yield event
+
+    async def result(self) -> Any:
+        """Wait for the end and give the result; RunError where the run failed."""
+        await self._ended()
+        return json.loads(result_of(self._values))
 
     async def status(self) -> Status:
         """Where the run stands now."""
@@ -954,11 +961,21 @@ class MemoryRun(Run):
 
     def _queue(self, nodes: list[str]) -> None:
         for node in nodes:
-            task = asyncio.create_task(self._activate(node))
+            task = asyncio.create_task(self._branch(node))
             self._tasks.add(task)  # the event loop itself would forget it
             task.add_done_callback(self._tasks.discard)
 
-    async def _activate(self, id: str) -> None:
+    async def _branch(self, node: str | None) -> None:
+        """Run a node and, in the same task, the first of those that it leads to, and so on."""
+        try:
+            while node is not None:
+                ready = self._commit(node, await self._activate(node))
+                self._queue(ready[1:])
+                node = ready[0] if ready else None
+        except RunError as error:
+            self._end(FAILED, str(error))
+
+    async def _activate(self, id: str) -> Outcome:
         node, visit = self._flow.nodes[id], self._state.visits.get(id, 1)
         job = f"{self.id}/{id}/{self._state.tokens[id]}"
         results: list[Any] | None = None
@@ -967,20 +984,17 @@ class MemoryRun(Run):
         async def retrying(reason: str, delay: float) -> None:
             self._tell("retrying", node=id, error=reason, delay=delay)
 
-        try:
-            while True:
-                ctx = Context(self._values, job, visit, self._dry_run, self._depth, results)
-                async with self._slots:
-                    outcome = await execute(node, ctx, failure, retrying)
-                if not isinstance(outcome, Park):
-                    return self._commit(id, outcome)
-                self._tell("parked", node=id, question=outcome.question)
-                try:
-                    results = await self._wait_for(job, id, outcome)
-                except RunError as error:
-                    failure = str(error)
-        except RunError as error:
-            self._end(FAILED, str(error))
+        while True:
+            ctx = Context(self._values, job, visit, self._dry_run, self._depth, results)
+            async with self._slots:
+                outcome = await execute(node, ctx, failure, retrying)
+            if not isinstance(outcome, Park):
+                return outcome
+            self._tell("parked", node=id, question=outcome.question)
+            try:
+                results = await self._wait_for(job, id, outcome)
+            except RunError as error:
+                failure = str(error)
 
     async def _wait_for(self, job: str, node: str, park: Park) -> list[Any]:
         if park.question is not None:
@@ -996,12 +1010,11 @@ class MemoryRun(Run):
         return [json.loads(result_of(run._values, child.gives)) for run, child in given]
 
     async def _ended(self) -> None:
-        while self._status == RUNNING:
-            await self._news.wait()
+        await self._over.wait()
         if self._status != COMPLETED:
             raise RunError(failure_of(self.id, self._flow.id, self._status, self._error))
 
-    def _commit(self, node: str, outcome: Outcome) -> None:
+    def _commit(self, node: str, outcome: Outcome) -> list[str]:
         if self._steps >= MAX_STEPS:
             raise RunError(too_many_steps(node))
         event = outcome.event(node, self._state.visits)
@@ -1013,19 +1026,20 @@ class MemoryRun(Run):
         self._tell("done", **event)
         if not self._state.tokens:
             self._end(COMPLETED)
-        elif self._status == RUNNING:  # a failed run keeps what its other nodes still finish
-            self._queue(ready)
+        # A failed run keeps what its other nodes still finish, but goes on to nothing.
+        return ready if self._status == RUNNING else []
 
     def _end(self, status: str, error: str = "") -> None:
         if self._status == RUNNING:
             self._status, self._error = status, error
             self._tell(status, error=error)
+            self._over.set()
 
     def _tell(self, event: str, **more: Any) -> None:
         self._root._log.append(event_of(event, self.id, self._flow.id, **more))
-        for run in {self, self._root}:
-            run._news.set()
-            run._news = asyncio.Event()
+        if news := self._root._news:
+            self._root._news = None
+            news.set()
 
 
 def too_many_steps(node: str) -> str:
@@ -1740,7 +1754,7 @@ class Worker:
         """Take up to this many jobs; return after a second without one."""
         processing = self.processing
         ends = (self.key("ready"), processing)
-        taken: list[str | None] = []
+        taken: list[Any] = []
         try:
             taken.append(await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT"))
             if taken[0] and room > 1:

@@ -116,9 +116,10 @@ class Builder:
                 self.join(ends, last := self.node())
         for _ in range(self.rng.randrange(4) if self.wild else 0):
             source, target = self.rng.choices([*self.nodes], k=2)
-            actions = [a for s, _, a in self.edges if s == source] + ["x"]
-            if self.nodes[source]["type"] == "pure":
-                self.edges[source, target, self.rng.choice(actions)] = None
+            actions = {"x": None} | {a: None for s, _, a in self.edges if s == source}
+            action = self.rng.choice([*actions])
+            if self.nodes[source]["type"] == "pure" and action != "done":  # a loop ends by that
+                self.edges[source, target, action] = None
         edges = [{"source": s, "target": t, "action": a} for s, t, a in self.edges]
         return {"nodes": [*self.nodes.values()], "edges": edges}
 
