@@ -516,12 +516,12 @@ class Flow:
                 members = {n for n in self.members(reach[head]) if reach[n] & self._bit[head]}
                 seen |= members
                 entries = {(s, t) for s, t in edges if s not in members and t in members - {head}}
-                yield Loop(head, members, members | self._side_work(members), entries)
+                yield Loop(head, members, members | self._side_work(head, members), entries)
 
-    def _side_work(self, members: set[str]) -> set[str]:
-        """What is reached from a loop only by edges whose action goes on inside it too, and from
-        nowhere else."""
-        side = set(self.nodes) - members - set(self.starts)
+    def _side_work(self, head: str, members: set[str]) -> set[str]:
+        """What is reached from a loop only by edges whose action goes on inside it too, from
+        nowhere else, and does not lead back to it."""
+        side = set(self.nodes) - set(self.starts) - set(self.members(self.reach[head]))
         size = -1
         while size != len(side):
             size = len(side)
@@ -575,13 +575,20 @@ class Flow:
         """Whether both ends are reached through a node only, and by different actions of it."""
         if node in ends or ends & self._reached(self.starts, node):
             return False
-        reached = [self._reached(targets, node) for targets in self.targets[node].values()]
-        if any(node in loop.body and ends - loop.body for loop in self.loops):
-            # One end is behind a loop that the node is in: an action that also goes on in the loop
-            # might be followed by the other end's, while the first one's token still waits.
-            if any(node in found and ends & found for found in reached):
-                return False
+        reached = [self._reached(targets, node) for targets in self._forks(node)]
+        for loop in self.loops:
+            if node in loop.body and ends - loop.body:
+                # One end is behind a loop that the node is in. If its token can be there while the
+                # loop goes on, the other's may come in a later round.
+                inside = [loop.body.intersection(ts) for n in loop.body for ts in self._forks(n)]
+                if any(node in found and ends & found for found in reached) or any(
+                    len(targets) > 1 for targets in inside
+                ):
+                    return False
         return all(len(ends & found) < 2 for found in reached)
+
+    def _forks(self, node: str) -> list[list[str]]:
+        return [*self.targets[node].values()]
 
     def _reached(self, sources: Iterable[str], stop: str) -> set[str]:
         """These nodes and what they lead to, without going on behind `stop`."""

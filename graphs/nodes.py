@@ -14,19 +14,14 @@ Simple ones first. Importing this reads no environment and does not import opena
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
-import http.client
 import importlib
-import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
-from weakref import WeakKeyDictionary
 
 import agentflow
 from agentflow import Child, Context, Field, Flow, Node, Park, Permanent, Registry, TryLater
@@ -35,11 +30,9 @@ from dotenv import find_dotenv, load_dotenv
 # ── 1. Texts ─────────────────────────────────────────────────────────────────────────────────
 
 NAME = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
+BULLET = re.compile(r"\s*([-*•]|\d+[.)])\s+")
+FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)  # what models like to put around JSON
 PARSE = {"parse": Field("parse", "what to make of the answer: text (default), lines or json")}
-agentflow.KINDS["texts"] = (
-    "an object of strings",
-    lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
-)
 agentflow.KINDS["parse"] = ("text, lines or json", ("text", "lines", "json").__contains__)
 
 
@@ -55,6 +48,21 @@ def render(template: str, values: Mapping[str, Any], quote: Callable[[Any], str]
     return NAME.sub(lambda match: quote(values[match[1]]), template)
 
 
+def parse(text: str, kind: str) -> Any:
+    """The text itself, the list of its lines without bullets and numbers, or its JSON value."""
+    if kind == "text":
+        return text
+    fenced = FENCE.fullmatch(text.strip())
+    text = fenced[1] if fenced else text
+    if kind == "lines":
+        lines = [BULLET.sub("", line, count=1).strip() for line in text.splitlines()]
+        return [line for line in lines if line]
+    try:
+        return agentflow.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"the answer is not JSON ({error}): {text!r:.200}") from None
+
+
 class Templated(Node):
     """A node with fields that are templates; its prep gives them rendered, by the field's name."""
 
@@ -68,24 +76,13 @@ class Templated(Node):
         given = [field for field in self.templates if field in self.data]
         return {field: render(self.data[field], self.values(ctx)) for field in given}
 
-    def parse(self, text: str) -> Any:
-        """A text as it is, as the list of its lines without bullets and numbers, or as JSON."""
-        if self.data.get("parse", "text") == "text":
-            return text
-        text = re.sub(r"^```\w*\n(.*?)\n?```$", r"\1", text.strip(), flags=re.DOTALL)
-        if self.data["parse"] == "json":
-            return agentflow.parse_json(text)
-        lines = [re.sub(r"^\s*([-*•]|\d+[.)])\s+", "", line).strip() for line in text.splitlines()]
-        return [line for line in lines if line]
-
-    def made_up(self) -> Any:
-        """The answer in a dry run."""
+    async def rehearse(self, prepared: Any) -> Any:
         text = f"made-up answer of {self.id}"
         like = {"text": text, "lines": [text], "json": {"answer": text}}
         return self.data.get("example", like[self.data.get("parse", "text")])
 
 
-class Output(Templated):
+class Output(Node):
     """Renders a text, without a model."""
 
     fields: ClassVar[dict[str, Field]] = {
@@ -94,12 +91,15 @@ class Output(Templated):
         "returnAction": Field("text", "the action that it answers (default)"),
     }
 
+    def names(self) -> list[str]:
+        return NAME.findall(self.data["promptTemplate"])
+
     def writes(self) -> set[str]:
         return {str(self.data.get("outputKey", "final_output"))}
 
     async def post(self, ctx: Context, prepared: Any, result: Any) -> str:
         for key in self.writes():
-            ctx[key] = result["promptTemplate"]
+            ctx[key] = render(self.data["promptTemplate"], result)
         return str(self.data.get("returnAction", "default"))
 
     def check(self) -> Iterator[tuple[str, str]]:
@@ -113,23 +113,22 @@ OTHERWISE = {"otherwise": Field("text", "the action where no edge carries the an
 LIMIT = OTHERWISE | {"limit": Field("count", "past so many visits, take otherwise unasked")}
 
 
+def plain(answer: str) -> str:
+    """What a person or a model means: without case, and quotes and punctuation around it."""
+    return re.sub(r"^[\W_]+|[\W_]+$", "", answer).casefold() or answer
+
+
 class Choice(Node):
     """A node whose answer chooses an action; its labels are the actions on its edges."""
-
-    spoken: ClassVar[bool] = True  # whether the answer is a model's or a person's
 
     def labels(self) -> list[str]:
         """The answers that it can give."""
         return [action for action in self.actions if action not in ("default", "error")]
 
     def match(self, answer: Any) -> str | None:
-        """The label that an answer is; a spoken one give or take case, quotes and punctuation
-        around it. Never a part of it: "untrue" is not "true"."""
-        text = as_text(answer)
-        if text in self.labels() or not self.spoken:
-            return text if text in self.labels() else None
-        plain = {re.sub(r"^[\W_]+|[\W_]+$", "", la).casefold(): la for la in self.labels()}
-        return plain.get(re.sub(r"^[\W_]+|[\W_]+$", "", text).casefold())
+        """The label that an answer is, never one that is only in it: "untrue" is not "true"."""
+        labels = {plain(label): label for label in self.labels()}
+        return answer if answer in labels.values() else labels.get(plain(as_text(answer)))
 
     def past_limit(self, ctx: Context) -> bool:
         """Whether it is to take `otherwise` without asking."""
@@ -142,7 +141,7 @@ class Choice(Node):
             return str(label)
         if "otherwise" in self.data or "default" in self.actions or not self.labels():
             return str(self.data.get("otherwise", "default"))
-        raise ValueError(f"its answer {as_text(result)!r:.200} is on none of its edges")
+        raise Permanent(f"its answer {as_text(result)!r:.200} is on none of its edges")
 
     def check(self) -> Iterator[tuple[str, str]]:
         labels = {*self.labels()}
@@ -156,16 +155,18 @@ class Switch(Choice):
     """Takes a value for its action, without a model."""
 
     fields = LIMIT
-    spoken = False
 
     def names(self) -> list[str]:
         return ["value"]
 
+    def match(self, answer: Any) -> str | None:
+        text = as_text(answer)
+        return text if text in self.labels() else None
+
     async def prep(self, ctx: Context) -> Any:
-        values = self.values(ctx)
-        if "value" not in values:
-            raise Permanent('its input "value" has no value in the context')
-        return self.data["otherwise"] if self.past_limit(ctx) else values["value"]
+        if self.past_limit(ctx):
+            return self.data["otherwise"]
+        return (await super().prep(ctx)).get("value")
 
 
 # ── 3. Other flows and people ────────────────────────────────────────────────────────────────
@@ -175,40 +176,41 @@ FLOW = {"workflowId": Field("id", "the flow to run", True)}
 
 
 class SubWorkflow(Node):
-    """Runs another flow. Without inputs, this takes by name what it declares or needs."""
+    """Runs another flow."""
 
-    fields = FLOW | {"outputs": Field("texts", "parent key: child key (id: final_output)")}
+    fields = FLOW | {"outputs": Field("object", "parent key: child key (id: final_output)")}
 
-    @functools.cached_property
-    def by_name(self) -> set[str]:
-        """The keys that the child takes by name."""
-        graph = self.flow.registry.graphs.get(str(self.data["workflowId"]))
-        if (
-            "inputs" in self.data
-            or not isinstance(graph, dict)
-            or any(agentflow.check_parts(graph))
-        ):
-            return set()
-        child = Flow("", graph, self.flow.registry)  # unchecked: it may run this one
-        return child.needs | child.inputs.keys()
+    @property
+    def child(self) -> str:
+        """The id of the flow that it runs."""
+        return str(self.data["workflowId"])
 
-    def values(self, ctx: Context) -> dict[str, Any]:
-        return {k: ctx[k] for k in self.by_name & ctx.snapshot.keys()} | super().values(ctx)
-
-    def reads(self) -> set[str]:
-        return super().reads() | self.by_name
+    def names(self) -> list[str]:
+        """Without inputs: all that the child declares or needs."""
+        graph = self.flow.registry.graphs.get(self.child)
+        building = self.flow.id.split("/")  # a flow may run itself: look into each only once
+        if "inputs" in self.data or self.child in building or not isinstance(graph, dict):
+            return []
+        if any(agentflow.check_parts(graph)):  # which is reported for the child
+            return []
+        child = Flow(f"{self.flow.id}/{self.child}", graph, self.flow.registry)
+        return [*child.needs, *child.inputs]
 
     def writes(self) -> set[str]:
         return set(self.data.get("outputs", {self.id}))
 
     def runs(self) -> dict[str, bool]:
-        return {str(self.data["workflowId"]): True}
+        return {self.child: True}
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if not all(isinstance(key, str) for key in self.data.get("outputs", {}).values()):
+            yield ".outputs", "must be an object of parent key: child key"
 
     async def prep(self, ctx: Context) -> Any:
         if ctx.results is not None:
             return ctx.results[0]
         gives = [*self.data["outputs"].values()] if "outputs" in self.data else None
-        return Park([Child(child, self.values(ctx), gives) for child in self.runs()])
+        return Park([Child(self.child, self.values(ctx), gives)])
 
     async def post(self, ctx: Context, prepared: Any, result: Any) -> str | None:
         if "outputs" not in self.data:
@@ -232,7 +234,7 @@ class Map(SubWorkflow):
         self.inputs[str(self.data["as"])] = [self.data["over"]]
 
     def runs(self) -> dict[str, bool]:
-        return {str(self.data["workflowId"]): False}  # not for an empty list
+        return {self.child: False}  # not for an empty list
 
     async def prep(self, ctx: Context) -> Any:
         name, values = str(self.data["as"]), self.values(ctx)
@@ -240,7 +242,7 @@ class Map(SubWorkflow):
             raise Permanent(f'"{self.data["over"]}" must be a list, not {as_text(items):.80}')
         if ctx.results is not None or not items:
             return ctx.results or []
-        return Park([Child(child, values | {name: i}) for i in items for child in self.runs()])
+        return Park([Child(self.child, values | {name: item}) for item in items])
 
 
 class Wait(Templated, Choice):
@@ -262,7 +264,8 @@ class Wait(Templated, Choice):
 
 
 # ── 4. Models ────────────────────────────────────────────────────────────────────────────────
-# Any server that speaks OpenAI's chat completions. The engine retries, so the client does not.
+# Any server that speaks OpenAI's chat completions. The engine retries and keeps the time, so the
+# client does neither.
 
 OPENAI, MODEL = "https://api.openai.com/v1", "gpt-5.6-luna"
 NO_KEY = "no key for the model: set OPENAI_API_KEY, in .env for instance, or use --dry-run"
@@ -276,7 +279,6 @@ PROMPT = {
     "system": Field("text", "the system message, a template too"),
     "options": Field("object", "more for the chat-completions call: temperature, ..."),
 }
-_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
 
 
 def settings() -> tuple[str, str, str]:
@@ -290,38 +292,39 @@ def settings() -> tuple[str, str, str]:
 def model_status() -> str:
     """Which model will be asked, where, and whether a key is missing; without any secret."""
     model, url, key = settings()
-    parts = urlsplit(url)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    shown = re.sub(r"(?<=//)[^/]*@|\?.*", "", url)
     return f"model {model} at {shown}" + ("" if key else f"; {NO_KEY}")
 
 
-def status_error(status: int, text: str, headers: Mapping[str, str]) -> Exception:
-    """What to raise for an HTTP status that is no success."""
-    if status in (429, 503):
-        after = re.fullmatch(r"\d{1,9}(\.\d+)?", headers.get("Retry-After") or "")
-        return TryLater(text, float(after[0]) if after else None)
-    return RuntimeError(text) if status in (408, 425) or status >= 500 else Permanent(text)
+@functools.cache
+def libraries() -> tuple[Any, Any, Any]:
+    """openai, the httpx2 that comes with it, and TLS settings; this takes a second, once."""
+    httpx2 = importlib.import_module("httpx2")
+    return importlib.import_module("openai"), httpx2, httpx2.create_ssl_context()
 
 
-def refused(error: BaseException | None) -> bool:
-    """Whether, somewhere in the chain of causes, a connection was refused."""
-    if error is None or f"[Errno {errno.ECONNREFUSED}]" in str(error):
-        return error is not None
-    return any(
-        map(refused, (error.__cause__ or error.__context__, *getattr(error, "exceptions", ())))
-    )
+async def connect() -> tuple[Any, Any, Any]:
+    """openai, httpx2 and an HTTP client for one call: so no cookie gets into another one."""
+    openai, httpx2, tls = await asyncio.to_thread(libraries)
+    client = openai.DefaultAsyncHttpxClient(verify=tls, timeout=None, follow_redirects=False)
+    return openai, httpx2, client
 
 
-def model_error(error: Any, key: str) -> Exception:
-    """What to raise for an error of the client: short, and without the key."""
-    status = getattr(error, "status_code", 0)
-    said = HINTS.get(status) or " ".join(error.message.replace(key, "(key)").split())
-    text = f"the model's server: {said:.300}"
-    if not status:
+def refused(error: BaseException) -> bool:
+    """Whether a connection was refused, somewhere in the chain of causes."""
+    causes = [error.__cause__ or error.__context__, *getattr(error, "exceptions", ())]
+    return isinstance(error, ConnectionRefusedError) or any(refused(c) for c in causes if c)
+
+
+def problem(error: Any, text: str) -> Exception:
+    """What to raise for an error of httpx2 or openai: it says whether trying again can help."""
+    response = getattr(error, "response", None)
+    if response is None:
         return TryLater(f"{text} (refused)") if refused(error) else ConnectionError(text)
-    if "insufficient_quota" in (error.code, error.type):
-        return Permanent(text)
-    return status_error(status, text, error.response.headers)
+    if response.status_code in (429, 503):
+        after = response.headers.get("Retry-After", "")
+        return TryLater(text, float(after) if after.isdecimal() else None)
+    return RuntimeError(text) if response.status_code >= 500 else Permanent(text)
 
 
 class Process(Templated):
@@ -341,32 +344,28 @@ class Process(Templated):
         model, url, key = settings()
         if not key:
             raise Permanent(NO_KEY)
-        openai = await asyncio.to_thread(importlib.import_module, "openai")
-        loop = asyncio.get_running_loop()
-        if loop not in _clients:  # its connections belong to the loop
-            _clients[loop] = openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0)
-        call = {"model": model, "messages": messages, "timeout": self.timeout}
-        create = _clients[loop].chat.completions.create
+        openai, _, http = await connect()
+        api = openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, http_client=http)
+        options = self.data.get("options")
         try:
-            answer = await create(**call, extra_body=self.data.get("options"))
+            async with api:
+                call = api.chat.completions.create
+                answer = await call(model=model, messages=messages, extra_body=options)
         except openai.APIError as error:
-            raise model_error(error, key) from None
+            said = HINTS.get(getattr(error, "status_code", 0)) or error.message.replace(key, "***")
+            text = f"{model_status()}: {' '.join(said.split()):.300}"
+            out_of_money = error.code == "insufficient_quota"  # which is a 429, but not for long
+            raise (Permanent(text) if out_of_money else problem(error, text)) from None
         for kind in ("prompt_tokens", "completion_tokens"):
             count = getattr(getattr(answer, "usage", None), kind, None) or 0
             usage[kind] = usage.get(kind, 0) + count
         try:
-            text = str(answer.choices[0].message.content.strip())
+            return str(answer.choices[0].message.content.strip())
         except (AttributeError, IndexError, TypeError):
-            text = ""
-        if not text:
-            raise ValueError("the model's server sent no answer")
-        return text
+            raise ValueError(f"{model_status()} sent no answer") from None
 
     async def exec(self, prepared: Any) -> Any:
-        return self.parse(await self.ask(*prepared))
-
-    async def rehearse(self, prepared: Any) -> Any:
-        return self.made_up()
+        return parse(await self.ask(*prepared), self.data.get("parse", "text"))
 
 
 class Router(Process, Choice):
@@ -403,9 +402,7 @@ class Condition(Router):
 
 
 # ── 5. HTTP ──────────────────────────────────────────────────────────────────────────────────
-# On asyncio's streams: unlike a call in a thread it really ends when the node's time is up.
 
-MAX_BODY = 1024 * 1024  # bytes
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 agentflow.KINDS["method"] = (f"one of {', '.join(METHODS)}", METHODS.__contains__)
 
@@ -416,7 +413,7 @@ class HttpRequest(Templated):
     fields = PARSE | {
         "url": Field("text", "a template; values are URL-encoded", True),
         "method": Field("method", f"{', '.join(METHODS)} (GET)"),
-        "headers": Field("texts", "templates, by the header's name"),
+        "headers": Field("object", "templates, by the header's name"),
         "body": Field("text", "a template of JSON; values are JSON-encoded"),
     }
     templates = ("url", "headers", "body")
@@ -424,49 +421,38 @@ class HttpRequest(Templated):
     async def prep(self, ctx: Context) -> Any:
         values, method = self.values(ctx), self.data.get("method", "GET")
         url = render(self.data["url"], values, lambda value: quote(as_text(value), safe=""))
-        body = render(self.data.get("body", ""), values, json.dumps).encode()
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise Permanent("its url must be like http://host/path or https://host/path")
+        body = render(self.data.get("body", ""), values, json.dumps)
         headers = {"User-Agent": "agentflow", "Content-Type": "application/json"}
-        headers |= {} if method == "GET" else {"Idempotency-Key": ctx.job}
+        if method != "GET":
+            headers["Idempotency-Key"] = ctx.job
         for name, template in self.data.get("headers", {}).items():
-            headers[name.title()] = render(template, values)
-        headers |= {"Host": parts.netloc, "Connection": "close", "Content-Length": str(len(body))}
-        path = url.partition(parts.netloc)[2].partition("#")[0]
-        head = [f"{method} {path if path[:1] == '/' else '/' + path} HTTP/1.1"]
-        head += [f"{name}: {value}" for name, value in headers.items()]
-        if not all(line.isascii() and line.isprintable() for line in head):
+            headers[name.title()] = render(as_text(template), values)
+        if not re.match(r"https?://[^/?#]", url):
+            raise Permanent("its url must be like http://host/path or https://host/path")
+        sent = "".join([url, *headers, *headers.values()])
+        if not sent.isascii() or not sent.isprintable():
             raise Permanent("its url and headers must be of printable ASCII characters")
-        return parts, "\r\n".join([*head, "", ""]).encode() + body
+        return {"method": method, "url": url, "headers": headers, "content": body}
 
     async def exec(self, prepared: Any) -> Any:
-        parts, request = prepared
-        tls = parts.scheme == "https"
-        port = parts.port or (443 if tls else 80)
+        host = urlsplit(prepared["url"]).hostname
+        _, httpx2, http = await connect()
+        text = ""
         try:
-            reader, writer = await asyncio.open_connection(parts.hostname, port, ssl=tls or None)
-        except OSError as error:
-            raise TryLater(f"{parts.netloc} refuses to connect") if refused(error) else error
-        try:
-            writer.write(request)
-            await reader.readexactly(MAX_BODY)
-            raise Permanent(f"the response of {parts.netloc} has more than {MAX_BODY} bytes")
-        except asyncio.IncompleteReadError as end:
-            raw = end.partial
-        finally:
-            writer.transport.abort()
-        as_socket: Any = SimpleNamespace(makefile=lambda mode: io.BytesIO(raw))
-        response: Any = http.client.HTTPResponse(as_socket)
-        response.begin()
-        text = response.read().decode(response.headers.get_content_charset("utf-8"), "replace")
-        if response.status >= 300:
-            said = f"{parts.netloc} answered with {response.status} {response.reason:.80}"
-            raise status_error(response.status, said, response.headers)
-        return self.parse(text)
-
-    async def rehearse(self, prepared: Any) -> Any:
-        return self.made_up()
+            async with http, http.stream(**prepared) as response:
+                response.raise_for_status()
+                async for chunk in response.aiter_text():
+                    text += chunk
+                    if len(text) > agentflow.MAX_VALUE:
+                        raise Permanent(
+                            f"{host} answers with more than {agentflow.MAX_VALUE} characters"
+                        )
+        except httpx2.HTTPStatusError as error:
+            said = f"{error.response.status_code} {error.response.reason_phrase:.80}"
+            raise problem(error, f"{host} answers {said}") from None
+        except httpx2.HTTPError as error:
+            raise problem(error, f"{host}: {error}") from None
+        return parse(text, self.data.get("parse", "text"))
 
 
 Registry.add("sub-workflow", SubWorkflow)
