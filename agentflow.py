@@ -1077,22 +1077,6 @@ def too_many_steps(node: str) -> str:
 #     '<--REAP, GIVE_BACK--'                                      successors are in ready
 
 
-class Job(NamedTuple):
-    """One activation of one node; as text run/node/token."""
-
-    run: str
-    node: str
-    token: str
-
-    def __str__(self) -> str:
-        return "/".join(self)
-
-    @classmethod
-    def of(cls, text: str) -> Job:
-        """The job that this is the text of."""
-        return cls(*text.split("/"))
-
-
 @dataclass(frozen=True)
 class Origin:
     """What never changes in a run: written at its start."""
@@ -1107,8 +1091,9 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. Their arguments are one JSON object, `a`; context keys and values follow it
-# as they are, since Lua would make {} of [] and round integers. KEYS are always in this order.
+# What scripts share. KEYS are in this order, as far as a script needs them. Arguments are one JSON
+# object, `a`; context keys and values follow as they are, for Lua would make {} of [] and round
+# integers.
 SHARED = """
 local run, context, parked, events, root, parent, parents_parked, ready, mine = unpack(KEYS)
 local call, a = redis.call, cjson.decode(ARGV[1])
@@ -1122,7 +1107,7 @@ end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
 end
-local function live(days)  -- of a child, the events are its root's
+local function live(days)  -- a child's events are its root's
   for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
   call('EXPIRE', events, (run == root and days or 30) * 86400)
 end
@@ -1179,7 +1164,7 @@ class Script:
 
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active.
-#   KEYS  as in SHARED, graph, runs
+#   KEYS  .. ready, graph, runs
 #   a     run version origin tokens visits jobs event parent, graph or (of a child) count
 START = Script("""
 if call('EXISTS', run) == 1 or (a.parent ~= '' and not is_active(parent, a.parent)) then return 0 end
@@ -1193,7 +1178,7 @@ live(30)
 if a.parent ~= '' then
   expect(parents_parked, a.parent)
 else
-  call('SET', mine, a.graph, 'EX', 30 * 86400)
+  call('SET', KEYS[9], a.graph, 'EX', 30 * 86400)
   call('ZADD', KEYS[10], now, a.run)
 end
 return 1
@@ -1216,7 +1201,7 @@ return {found, call('HGETALL', context), crashes, waits}
 # COMMIT is the only way in which a run moves: all of it if the run's version is still the one that
 # the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
 # whoever commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
-#   KEYS  as in SHARED, processing
+#   KEYS  .. processing
 #   a     seen version done tokens visits steps usage log keep queue, over event parent index told
 #   gives the status, or as CLAIM does what stands there instead
 COMMIT = Script("""
@@ -1241,7 +1226,7 @@ return {found[2]}
 
 # FAIL ends a run, whose tokens stay. Only a job's custodian may: a worker that was taken for dead
 # must not fail what another one is doing.
-#   KEYS  as in SHARED, processing
+#   KEYS  .. processing
 #   a     job version error event parent index told
 #   gives 1 if the job was in custody
 FAIL = Script("""
@@ -1253,7 +1238,7 @@ return 1
 
 # PARK ends the custody of a job until there is something for it to read; if there is already, the
 # job is queued. That of a cancelled run stays: its worker has to cancel the children first.
-#   KEYS  as in SHARED, processing
+#   KEYS  .. processing
 #   a     job version count question event
 #   gives the run's status
 PARK = Script("""
@@ -1316,8 +1301,7 @@ return 1
 """)
 
 # CANCEL ends a run for good, and queues each job with children: who takes it cancels those.
-#   KEYS  as in SHARED
-#   a     version error event parent index told
+#   a     run version error event parent index told
 #   gives the status that it found
 CANCEL = Script("""
 local status = call('HGET', run, 'status')
@@ -1336,7 +1320,6 @@ return status
 
 # RESUME queues each active token of a failed run anew, its crashes forgotten. A child takes back
 # what it told its parent, which then waits for it again.
-#   KEYS  as in SHARED
 #   a     run version event parent index
 #   gives the status that it found
 RESUME = Script("""
@@ -1364,7 +1347,6 @@ return found[1]
 """)
 
 # ANSWER gives a person's answer to the job that asked.
-#   KEYS  as in SHARED
 #   a     job version told event
 #   gives 1 if it was the first answer to a question
 ANSWER = Script("""
@@ -1375,7 +1357,6 @@ return 1
 """)
 
 # NOTE records an event of a run that is still there.
-#   KEYS  as in SHARED
 #   a     event
 NOTE = Script("""
 if call('EXISTS', run) == 1 then note({a.event}) end
@@ -1388,23 +1369,17 @@ SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)
 # ── 7. Redis: starting and steering runs ─────────────────────────────────────────────────────
 # What a client does. A run carries its graph, so a worker needs node types, but no graph files.
 
-PASSING_CODES = ("BUSY", "UNBLOCKED", "NOREPLICAS", "MISCONF")  # that redis-py has no class for
 PASSING = (
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-    exceptions.OutOfMemoryError,
-    exceptions.ReadOnlyError,
-    exceptions.NoScriptError,
-    exceptions.MasterDownError,
-    exceptions.ClusterDownError,
-    exceptions.TryAgainError,
-    OSError,
-)
+    exceptions.ConnectionError, exceptions.TimeoutError, exceptions.OutOfMemoryError,
+    exceptions.ReadOnlyError, exceptions.NoScriptError, exceptions.MasterDownError,
+    exceptions.ClusterDownError, exceptions.TryAgainError, OSError,
+)  # fmt: skip
+PASSING_CODES = ("BUSY", "UNBLOCKED", "NOREPLICAS", "MISCONF")  # that redis-py has no class for
 
 
 def transient(error: BaseException) -> bool:
     """Whether Redis may well answer when it is asked again."""
-    if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
+    if isinstance(error, exceptions.AuthenticationError):
         return False  # although redis-py calls a wrong password a connection error
     return isinstance(error, PASSING) or str(error).startswith(PASSING_CODES)
 
@@ -1423,19 +1398,10 @@ class Link:
 
     def __init__(self, url: str) -> None:
         self.client = connect(url)
-        self.back_since = 0.0  # by time.monotonic
+        self.back_since = time.monotonic()
+        self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._flushing: asyncio.Task[None] | None = None
-
-    async def open(self, probe: str) -> None:
-        """Find out, with a key that holds nothing, whether this Redis will do; else RedisError."""
-        await self.client.lmove(probe, probe, "RIGHT", "LEFT")
-        await self._load()
-        self.back_since = time.monotonic()
-
-    async def _load(self) -> None:
-        for script in SCRIPTS:
-            await self.client.script_load(script.text)
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
         """The reply, some time; ResponseError where Redis refuses the command for good."""
@@ -1452,11 +1418,11 @@ class Link:
             if failed := await self._exchange(batch):
                 self._queue = failed + self._queue
                 if not delay:
-                    log.warning("redis is away; waiting for it")
+                    log.warning("redis does not answer; trying until it does")
                 delay = min(1.0, 2 * delay or 0.05)
                 await asyncio.sleep(delay)
             elif delay:
-                log.warning("redis is back")
+                log.warning("redis answers again")
                 delay, self.back_since = 0.0, time.monotonic()
         self._flushing = None
 
@@ -1464,13 +1430,14 @@ class Link:
         """Send, and hand out the replies; gives back what has to be sent again."""
         try:
             async with self.client.pipeline(transaction=False) as pipe:
+                for script in () if self._loaded else SCRIPTS:
+                    await self.client.script_load(script.text)
                 for command, _ in batch:
                     pipe.execute_command(*command)
                 replies = await pipe.execute(raise_on_error=False)
-            if any(isinstance(reply, exceptions.NoScriptError) for reply in replies):
-                await self._load()  # only those were not run
         except Exception as error:
             replies = [error] * len(batch)
+        self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
         failed = []
         for (command, future), reply in zip(batch, replies, strict=True):
             if not isinstance(reply, Exception):
@@ -1500,8 +1467,9 @@ class RedisExecutor:
         return f"{{{self.namespace}}}:{':'.join(parts)}"
 
     async def open(self) -> None:
-        """Find out whether Redis is there and will do: RedisError where not."""
-        await self.link.open(self.key("ready", "probe"))
+        """Find out at once whether Redis is there and will do: RedisError where not."""
+        probe = self.key("ready", "probe")
+        await self.link.client.lmove(probe, probe, "RIGHT", "LEFT")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -1542,13 +1510,8 @@ class RedisRun(Run):
         self, script: Script, *keys: str, values: Mapping[str, str] = {}, **a: Any
     ) -> asyncio.Future[Any]:
         """Have a script change the run, which then has a new version."""
-        origin = self.origin
-        a = {
-            "run": self.id,
-            "version": new_id(),
-            "parent": origin.parent,
-            "index": origin.index,
-        } | a
+        parent, index = self.origin.parent, self.origin.index
+        a = {"run": self.id, "version": new_id(), "parent": parent, "index": index} | a
         return self.executor.send(*script.on([*self.keys, *keys], values, **a))
 
     def event(self, event: str, **more: Any) -> str:
@@ -1565,19 +1528,15 @@ class RedisRun(Run):
         """Make the run: a user's with its `graph`, or a child with the `count` of them."""
         version = new_id()
         (tokens, visits), ready = flow.first(version)
+        a = {"origin": encode(vars(self.origin)), "event": self.event("started"), **more}
+        a |= {"tokens": encode(tokens), "visits": encode(visits), "version": version}
+        a |= {"jobs": [f"{self.id}/{node}/{version}" for node in ready]}
         key = self.executor.key
-        await self.change(
-            START, key("graph", self.origin.graph), key("runs"), values=values, version=version,
-            origin=encode(vars(self.origin)), tokens=encode(tokens), visits=encode(visits),
-            jobs=[f"{self.id}/{node}/{version}" for node in ready], event=self.event("started"),
-            **more,
-        )  # fmt: skip
+        await self.change(START, key("graph", self.origin.graph), key("runs"), values=values, **a)
 
     async def status(self) -> Status:
         """Where the run stands now. RunError where it is gone."""
-        run, values = map(
-            pairs, [await self.executor.send("HGETALL", key) for key in self.keys[:2]]
-        )
+        run, values = [pairs(await self.executor.send("HGETALL", key)) for key in self.keys[:2]]
         if not run:
             raise RunError(f"run {self.id} is no longer on this Redis")
         context = {key: json.loads(text) for key, text in values.items()}
@@ -1585,17 +1544,6 @@ class RedisRun(Run):
         usage = {name[6:]: int(count) for name, count in run.items() if name.startswith("usage ")}
         where = (self.id, self.origin.flow, run["status"], result, context, run.get("error", ""))
         return Status(*where, usage, json.loads(run["tokens"]))
-
-    async def keep_alive(self) -> None:
-        """Refresh the TTL of a run that has not ended, of its graph, and of its children."""
-        if (await self.status()).status in (RUNNING, FAILED):
-            for key in [*self.keys[:5], self.executor.key("graph", self.origin.graph)]:
-                await self.executor.send("EXPIRE", key, 30 * 86400)
-            for name, text in pairs(await self.executor.send("HGETALL", self.keys[2])).items():
-                job, _, what = name.partition(" ")
-                for i in range(int(text) if what == "count" else 0):
-                    if child := await self.executor.look_for(child_id(job, i)):
-                        await child.keep_alive()
 
     async def events(self) -> AsyncIterator[Event]:
         """What has happened, from the start, and what happens, until the run has ended."""
@@ -1611,6 +1559,16 @@ class RedisRun(Run):
             if not found:
                 await asyncio.sleep(0.1)
 
+    async def children(self) -> list[RedisRun]:
+        """The children that its active jobs have started so far."""
+        found = []
+        for name, text in pairs(await self.executor.send("HGETALL", self.keys[2])).items():
+            if name.endswith(" count"):
+                job = name.removesuffix(" count")
+                ids = [child_id(job, i) for i in range(int(text))]
+                found += [run for id in ids if (run := await self.executor.look_for(id))]
+        return found
+
     async def cancel(self) -> None:
         """End the run for good, its nodes and children within about a second. RunError where it
         has ended."""
@@ -1625,21 +1583,29 @@ class RedisRun(Run):
         for name, value in inputs.items():
             ctx[name] = value
         if (status := (await self.status()).status) == FAILED:
-            for name, told in pairs(await self.executor.send("HGETALL", self.keys[2])).items():
-                job, _, index = name.partition(" ")
-                if index.isdecimal() and json.loads(told)[0] == FAILED:
-                    await (await self.executor.find(child_id(job, int(index)))).resume()
+            for child in await self.children():
+                if (await child.status()).status == FAILED:
+                    await child.resume()
             status = await self.change(RESUME, values=ctx.changes, event=self.event("resumed"))
         if status != FAILED:
             raise RunError(f"run {self.id} is {status}; only a failed run can be resumed")
 
     async def answer(self, node: str, value: Any) -> None:
         """Answer what a node asks; RunError where it asks nothing. The first answer wins."""
-        job = Job(self.id, node, (await self.status()).tokens.get(node, WAITING))
+        job = f"{self.id}/{node}/{(await self.status()).tokens.get(node)}"
         told = to_json([COMPLETED, value], "the answer")
-        event = self.event("answered", node=node)
-        if not await self.change(ANSWER, job=str(job), told=told, event=event):
+        if not await self.change(
+            ANSWER, job=job, told=told, event=self.event("answered", node=node)
+        ):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
+
+    async def keep_alive(self) -> None:
+        """Refresh the TTL of a run that has not ended, of its graph, and of its children."""
+        if (await self.status()).status in (RUNNING, FAILED):
+            for key in [*self.keys[:4], self.executor.key("graph", self.origin.graph)]:
+                await self.executor.send("EXPIRE", key, 30 * 86400)
+            for child in await self.children():
+                await child.keep_alive()
 
 
 # ── 8. Redis: the worker ─────────────────────────────────────────────────────────────────────
@@ -1656,7 +1622,7 @@ class View(RedisRun):
     def __init__(self, executor: RedisExecutor, id: str, origin: Origin, flow: Flow) -> None:
         super().__init__(executor, id, origin)
         self.flow = flow
-        self.ended: list[tuple[Job, Outcome]] = []  # waits for the next commit
+        self.ended: list[tuple[str, Outcome]] = []  # jobs that wait for the next commit
         self.committing = False
 
     def update(self, found: list[str], context: dict[str, str]) -> None:
@@ -1664,6 +1630,11 @@ class View(RedisRun):
         self.version, self.phase, tokens, visits, steps = found[:5]
         self.state, self.steps = State(json.loads(tokens), json.loads(visits)), int(steps)
         self.context = context
+
+    def holds(self, job: str) -> bool:
+        """Whether the job's token is still there: nobody has committed it."""
+        _, node, token = job.split("/")
+        return self.phase != CANCELLED and self.state.tokens.get(node) == token
 
 
 @dataclass
@@ -1677,7 +1648,7 @@ class Held:
 
 
 class Worker:
-    """Runs jobs until it is told to stop."""
+    """Runs jobs until it is told to stop. Times are in seconds."""
 
     def __init__(
         self,
@@ -1702,10 +1673,10 @@ class Worker:
     def _be_born(self) -> None:
         self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
         self.processing = self.key("processing", self.id)
-        self.held: dict[Job, Held] = {}
+        self.held: dict[str, Held] = {}  # by job
         self._views: dict[str, View] = {}  # of the runs of these jobs
-        self._suspects: list[tuple[Job, list[Any] | None, str]] = []  # have crashed before
-        self._alone: Job | None = None  # the suspect that runs
+        self._suspects: dict[str, tuple[list[Any] | None, str]] = {}  # jobs that crashed before
+        self._alone = ""  # the suspect that runs
         self._unknown: set[str] = set()  # in our list, but not held, when we looked last
 
     async def run(self) -> None:
@@ -1745,10 +1716,9 @@ class Worker:
         def landed(task: asyncio.Task[Any]) -> None:
             self._tasks.discard(task)
             if not task.cancelled() and (error := task.exception()):
-                log.error("Redis refused a command; its jobs are given back", exc_info=error)
-                self._forget(
-                    j for j, held in [*self.held.items()] if j.run == run and not held.task
-                )
+                log.error("Redis refused a command; its jobs will be audited", exc_info=error)
+                jobs = [job for job, held in self.held.items() if not held.task]
+                self._forget(job for job in jobs if job.startswith(f"{run}/"))
 
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -1773,34 +1743,33 @@ class Worker:
             if not transient(error):
                 raise
             await asyncio.sleep(0.2)
-        by_run: dict[str, list[Job]] = {}
-        for job in [Job.of(text) for text in taken if text]:
+        by_run: dict[str, list[str]] = {}
+        for job in filter(None, taken):
             if processing != self.processing:  # we were buried meanwhile
                 await self._give_back(job, processing)
             elif job in self.held:  # a resume queued it again
-                await self.send("LREM", processing, 1, str(job))
+                await self.send("LREM", processing, 1, job)
             else:
                 self.held[job] = Held()
-                by_run.setdefault(job.run, []).append(job)
-        for id, jobs in by_run.items():
-            self._spawn(self._claim(id, jobs), id)
+                by_run.setdefault(job.split("/")[0], []).append(job)
+        for run, jobs in by_run.items():
+            self._spawn(self._claim(run, jobs), run)
 
-    async def _claim(self, id: str, jobs: list[Job]) -> None:
+    async def _claim(self, id: str, jobs: list[str]) -> None:
         """Read what these jobs of one run need, and begin them."""
         keys = [self.key("run", id), self.key("run", id, "context"), self.key("run", id, "parked")]
-        reply = await self.send(*CLAIM.on(keys, jobs=[str(job) for job in jobs]))
-        found, context, crashes, parked = reply
+        found, context, crashes, parked = await self.send(*CLAIM.on(keys, jobs=jobs))
         if not found[0]:
-            log.warning("run %s has expired; dropping %s", id, [str(job) for job in jobs])
+            log.warning("run %s has expired; dropping %s", id, jobs)
             return await self._drop(jobs)
         if id not in self._views:
             origin = Origin(**json.loads(found[5]))
             try:
                 self._views[id] = View(self.executor, id, origin, await self._flow(origin))
             except GraphError as error:
-                run = RedisRun(self.executor, id, origin)
                 for job in jobs:
-                    await self._fail(run, job, f"worker {self.id} lacks something: {error}")
+                    text = f"worker {self.id} lacks something: {error}"
+                    await self._fail(RedisRun(self.executor, id, origin), job, text)
                 return
         view = self._views[id]
         view.update(found, pairs(context))
@@ -1816,21 +1785,20 @@ class Worker:
             self._registries[origin.graph] = Registry(json.loads(graph or "{}"))
         return self._registries[origin.graph][origin.flow]
 
-    async def _admit(self, view: View, job: Job, crashes: int, parked: dict[str, str]) -> None:
+    async def _admit(self, view: View, job: str, crashes: int, parked: dict[str, str]) -> None:
         """Begin a claimed job, unless it must not run, or not yet."""
-        if view.phase == CANCELLED:
-            return await self._abandon(view, job)
-        if view.phase != RUNNING or view.state.tokens.get(job.node) != job.token:
-            return await self._drop([job])  # a resume queues it anew, or it was committed already
-        if crashes >= (CRASHES if view.flow.nodes[job.node].retries else 1):
-            text = f'node "{job.node}": {crashes} workers died while they ran it'
+        if view.phase == FAILED or not view.holds(job):
+            return await self._let_go(view, job)  # of a failed run: a resume queues it anew
+        node = view.flow.nodes[job.split("/")[1]]
+        if crashes >= (CRASHES if node.retries else 1):
+            text = f'node "{node.id}": {crashes} workers died while they ran it'
             return await self._fail(view, job, text)
         count = int(parked.get(f"{job} count", 0))
         told = [json.loads(parked.get(f"{job} {i}", "null")) for i in range(count)]
         failure = next((text for status, text in filter(None, told) if status != COMPLETED), "")
         results = [result[1] for result in told] if told and all(told) else None
         if crashes:
-            self._suspects.append((job, results, failure))
+            self._suspects[job] = (results, failure)
             await self._run_suspect()
         else:
             self._begin(view, job, results, failure)
@@ -1838,36 +1806,37 @@ class Worker:
     async def _run_suspect(self) -> None:
         """Run a job that has crashed when nothing else runs here, so that it takes no other job
         down with it; give back the other suspects."""
-        if self._suspects and not self._alone and len(self.held) == len(self._suspects):
-            (job, results, failure), *others = self._suspects
-            self._suspects, self._alone = [], job
-            for other, *_ in others:
+        if self._suspects and not self._alone and self._suspects.keys() == self.held.keys():
+            (job, work), *others = self._suspects.items()
+            self._suspects, self._alone = {}, job
+            for other, _ in others:
                 await self._give_back(other, self.processing)
             if view := self.held[job].view:
-                self._begin(view, job, results, failure)
+                self._begin(view, job, *work)
 
     def _begin(
-        self, view: View, job: Job, results: list[Any] | None = None, failure: str = ""
+        self, view: View, job: str, results: list[Any] | None = None, failure: str = ""
     ) -> None:
-        origin, visit = view.origin, view.state.visits.get(job.node, 1)
-        ctx = Context(view.context, str(job), visit, origin.dry_run, origin.depth, results)
+        node = view.flow.nodes[job.split("/")[1]]
+        visit, origin = view.state.visits.get(node.id, 1), view.origin
+        ctx = Context(view.context, job, visit, origin.dry_run, origin.depth, results)
 
         async def retrying(reason: str, delay: float) -> None:
-            event = view.event("retrying", node=job.node, error=reason, delay=round(delay, 3))
+            event = view.event("retrying", node=node.id, error=reason, delay=round(delay, 3))
             await view.change(NOTE, event=event)
 
-        task = asyncio.create_task(execute(view.flow.nodes[job.node], ctx, failure, retrying))
+        task = asyncio.create_task(execute(node, ctx, failure, retrying))
         self.held[job] = Held(view, task, begun=True)
         task.add_done_callback(lambda task: self._executed(view, job, task))
 
-    def _executed(self, view: View, job: Job, task: asyncio.Task[Outcome | Park]) -> None:
+    def _executed(self, view: View, job: str, task: asyncio.Task[Outcome | Park]) -> None:
         held = self.held.get(job)
         if not held or held.task is not task:
             return  # it was cancelled, or we were buried
         held.task = None
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error:
-            text = str(error) if isinstance(error, RunError) else f'node "{job.node}": {error!r}'
+            text = str(error) if isinstance(error, RunError) else f"{error!r} in {job}"
             self._spawn(self._fail(view, job, text), view.id)
         elif isinstance(outcome := task.result(), Park):
             self._spawn(self._park(view, job, outcome), view.id)
@@ -1890,58 +1859,47 @@ class Worker:
         finally:
             view.committing = False
 
-    async def _commit(self, view: View, batch: list[tuple[Job, Outcome]]) -> bool:
-        """Decide what these ends lead to, and record it. False where the run had moved on
-        meanwhile: what stands there is in the view now, from which to decide again."""
+    async def _commit(self, view: View, batch: list[tuple[str, Outcome]]) -> bool:
+        """Decide what these ends lead to, and record it. False where the run has moved on
+        meanwhile: the view has what stands there, and it must be decided again."""
         state, version, processing = view.state, new_id(), self.processing
-        nodes: list[str] = []  # that become active
+        jobs: list[str] = []  # that this makes active
+        log_: list[str] = []
         for job, outcome in [*batch]:
+            node = job.split("/")[1]
             try:
-                if view.phase == CANCELLED or state.tokens.get(job.node) != job.token:
+                if not view.holds(job):
                     self.counts["refused"] += 1
-                    batch.remove((job, outcome))
-                    await self._abandon(view, job)
+                    await self._let_go(view, job)
+                elif view.steps + len(batch) > MAX_STEPS:
+                    raise RunError(too_many_steps(node))
+                else:
+                    state, ready = view.flow.advance(state, node, outcome.action, version)
+                    jobs += [f"{view.id}/{node}/{version}" for node in ready]
+                    log_.append(view.event("done", **outcome.event(node, view.state.visits)))
                     continue
-                if view.steps + len(batch) > MAX_STEPS:
-                    raise RunError(too_many_steps(job.node))
-                state, ready = view.flow.advance(state, job.node, outcome.action, version)
-                nodes += ready
             except RunError as error:
-                batch.remove((job, outcome))
                 await self._fail(view, job, str(error))
+            batch.remove((job, outcome))
         if not batch:
             return True
         changes = {key: text for _, outcome in batch for key, text in outcome.changes.items()}
-        context = view.context | changes
-        jobs = [Job(view.id, node, version) for node in nodes]
+        context, steps = view.context | changes, view.steps + len(batch)
         room = 0 if self.stopping else max(1, self._room() + len(batch))
-        end: dict[str, Any] = {}
+        a: dict[str, Any] = {"seen": view.version, "version": version, "steps": steps, "log": log_}
+        a |= {"tokens": encode(state.tokens), "visits": encode(state.visits)}
+        a |= {"done": [job for job, _ in batch], "keep": jobs[:room], "queue": jobs[room:]}
+        a["usage"] = add_up(outcome.usage for _, outcome in batch)
         if not state.tokens:
-            end = view.end(COMPLETED, result=result_of(context, view.origin.gives)) | {"over": 1}
-        reply = await view.change(
-            COMMIT,
-            processing,
-            values=changes,
-            seen=view.version,
-            version=version,
-            tokens=encode(state.tokens),
-            visits=encode(state.visits),
-            steps=view.steps + len(batch),
-            usage=add_up(outcome.usage for _, outcome in batch),
-            log=[view.event("done", **o.event(j.node, view.state.visits)) for j, o in batch],
-            done=[str(job) for job, _ in batch],
-            keep=[str(job) for job in jobs[:room]],
-            queue=[str(job) for job in jobs[room:]],
-            **end,
-        )
+            a |= view.end(COMPLETED, result=result_of(context, view.origin.gives)) | {"over": True}
+        reply = await view.change(COMMIT, processing, values=changes, **a)
+        if len(reply) > 1 and reply[0][0]:
+            view.update(reply[0], pairs(reply[1]))
+            return False
         if len(reply) > 1:
-            if reply[0][0]:
-                view.update(reply[0], pairs(reply[1]))
-                return False
-            await self._drop([job for job, _ in batch])  # the run has expired
+            await self._drop(a["done"])  # the run has expired
             return True
-        view.version, view.state, view.context = version, state, context
-        view.steps += len(batch)
+        view.version, view.state, view.context, view.steps = version, state, context, steps
         self.counts["done"] += len(batch)
         for job, outcome in batch:
             log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
@@ -1950,67 +1908,63 @@ class Worker:
                 self._begin(view, job)
             else:  # we were buried meanwhile
                 await self._give_back(job, processing)
-        self._forget(job for job, _ in batch)
+        self._forget(a["done"])
         return True
 
-    def _forget(self, jobs: Iterable[Job]) -> None:
+    def _forget(self, jobs: Iterable[str]) -> None:
         for job in jobs:
             self.held.pop(job, None)
-            if job == self._alone:
-                self._alone = None
-        runs = {job.run for job in self.held}
+            self._alone = "" if job == self._alone else self._alone
+        runs = {job.split("/")[0] for job in self.held}
         self._views = {run: view for run, view in self._views.items() if run in runs}
         if self._suspects:
             self._spawn(self._run_suspect())
         self._freed.set()
 
-    async def _drop(self, jobs: list[Job]) -> None:
+    async def _drop(self, jobs: list[str]) -> None:
         for job in jobs:
-            await self.send("LREM", self.processing, 1, str(job))
+            await self.send("LREM", self.processing, 1, job)
         self._forget(jobs)
 
-    async def _fail(self, run: RedisRun, job: Job, text: str) -> None:
+    async def _fail(self, run: RedisRun, job: str, text: str) -> None:
         log.warning("failed %s", job)
-        if not await run.change(FAIL, self.processing, job=str(job), **run.end(FAILED, text)):
+        if not await run.change(FAIL, self.processing, job=job, **run.end(FAILED, text)):
             self.counts["refused"] += 1
         self._forget([job])
 
-    async def _give_back(self, job: Job, processing: str) -> None:
-        """Put a job back, uncharged, unless it has begun and must never be begun twice."""
+    async def _give_back(self, job: str, processing: str) -> None:
+        """Put a job back, uncharged, unless it has begun and must never begin twice."""
         held = self.held.get(job, Held())
-        once = held.begun and held.view and not held.view.flow.nodes[job.node].retries
-        keys = [processing, self.key("ready"), self.key("run", job.run)]
-        await self.send(*GIVE_BACK.on(keys, job=str(job), crashed=bool(once)))
+        once = held.begun and held.view and not held.view.flow.nodes[job.split("/")[1]].retries
+        keys = [processing, self.key("ready"), self.key("run", job.split("/")[0])]
+        await self.send(*GIVE_BACK.on(keys, job=job, crashed=bool(once)))
         self._forget([job])
 
-    async def _park(self, view: View, job: Job, park: Park) -> None:
+    async def _park(self, view: View, job: str, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
-        theirs = replace(view.origin, parent=str(job), depth=view.origin.depth + 1)
+        origin = replace(view.origin, parent=job, depth=view.origin.depth + 1)
         count = len(park.children) or 1
-        for at in range(0, len(park.children), 100):
-            starts = []
-            for i, child in [*enumerate(park.children)][at : at + 100]:
-                origin = replace(theirs, flow=child.flow, index=i, gives=child.gives)
-                run = RedisRun(self.executor, child_id(str(job), i), origin)
-                starts.append(run.start(view.flow.registry[child.flow], child.values, count=count))
-            await asyncio.gather(*starts)
-        question = park.question or ""
-        event = view.event("parked", node=job.node, question=question)
-        more: dict[str, Any] = {"count": count, "question": question, "event": event}
-        if await view.change(PARK, self.processing, job=str(job), **more) == CANCELLED:
-            return await self._abandon(view, job)
-        self._forget([job])
+        starts: list[Coroutine[Any, Any, None]] = []
+        for i, child in enumerate(park.children):
+            theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
+            run = RedisRun(self.executor, child_id(job, i), theirs)
+            starts.append(run.start(view.flow.registry[child.flow], child.values, count=count))
+        for i in range(0, len(starts), 100):
+            await asyncio.gather(*starts[i : i + 100])
+        a: dict[str, Any] = {"job": job, "count": count, "question": park.question or ""}
+        a["event"] = view.event("parked", node=job.split("/")[1], question=park.question)
+        view.phase = await view.change(PARK, self.processing, **a) or view.phase
+        await (self._let_go(view, job) if view.phase == CANCELLED else self._drop([job]))
 
-    async def _abandon(self, view: View, job: Job) -> None:
-        """Let go of a job whose token is gone or whose run is cancelled: of that, end the node
-        and cancel the children before the custody."""
+    async def _let_go(self, view: View, job: str) -> None:
+        """Drop a job that has nothing more to do here; in a cancelled run, its children first."""
         if held := self.held.get(job):
             task, held.task = held.task, None
             if task:
                 task.cancel()
         count = await self.send("HGET", view.keys[2], f"{job} count")
         for i in range(int(count or 0) if view.phase == CANCELLED else 0):
-            if child := await self.executor.look_for(child_id(str(job), i)):
+            if child := await self.executor.look_for(child_id(job, i)):
                 await child.change(CANCEL, **child.end(CANCELLED, "with its parent"))
         await self._drop([job])
 
@@ -2022,8 +1976,8 @@ class Worker:
             due = time.monotonic() + self.beat
             await asyncio.sleep(self.beat)
             if (late := time.monotonic() - due) > self.beat:
-                jobs = [str(job) for job in self.held]
-                log.warning("a node blocked the event loop for %.1f s, one of %s", late, jobs)
+                jobs = ", ".join(self.held)
+                log.warning("a node blocked the event loop for %.1f s, one of: %s", late, jobs)
             if not await self._beat():
                 log.warning("%s was taken for dead; going on under another name", self.id)
                 self.counts["buried"] += 1
@@ -2040,20 +1994,19 @@ class Worker:
 
     async def _beat(self, born: bool = False) -> bool:
         now = time.monotonic()
-        doing = encode({str(job): round(now - held.since, 1) for job, held in self.held.items()})
-        lease = int(self.lease * 1000)
+        doing = encode({job: round(now - held.since, 1) for job, held in self.held.items()})
         keys = [self.key("worker", self.id), self.key("workers")]
-        beat = BEAT.on(keys, worker=self.id, lease=lease, doing=doing, born=born)
-        return bool(await self.send(*beat))
+        a = {"worker": self.id, "lease": int(self.lease * 1000), "doing": doing, "born": born}
+        return bool(await self.send(*BEAT.on(keys, {}, **a)))
 
     async def _audit(self) -> None:
         """Give back what is in our list without our knowing, twice in a row: a reply was lost."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
-        unknown = {text for text in listed if Job.of(text) not in self.held}
-        for text in unknown & self._unknown:
-            log.warning("did not know that we have %s; giving it back", text)
+        unknown = {job for job in listed if job not in self.held}
+        for job in unknown & self._unknown:
+            log.warning("did not know that we have %s; giving it back", job)
             self.counts["audited"] += 1
-            await self._give_back(Job.of(text), self.processing)
+            await self._give_back(job, self.processing)
         self._unknown = unknown
 
     async def _watch(self) -> None:
@@ -2062,21 +2015,21 @@ class Worker:
             if await self.send("HGET", view.keys[0], "status") == CANCELLED:
                 view.phase = CANCELLED
                 for job in [j for j, held in self.held.items() if held.view is view and held.task]:
-                    await self._abandon(view, job)
+                    await self._let_go(view, job)
 
     async def _reap(self) -> None:
         """Give back what dead workers had taken, and what has come into their lists since."""
         workers = await self.send("ZRANGE", self.key("workers"), 0, -1)
         buried = await self.send("ZRANGE", self.key("buried"), 0, -1)
-        alive = await asyncio.gather(*(self.send("EXISTS", self.key("worker", w)) for w in workers))
-        lists = [self.key("processing", worker) for worker in buried]
-        full = await asyncio.gather(*(self.send("EXISTS", name) for name in lists))
-        dead = [worker for worker, lives in zip(workers, alive, strict=True) if not lives]
-        for worker in dead + [worker for worker, some in zip(buried, full, strict=True) if some]:
+        beats = [self.send("EXISTS", self.key("worker", worker)) for worker in workers]
+        lists = [self.send("EXISTS", self.key("processing", worker)) for worker in buried]
+        dead = [worker for worker, lives in zip(workers, beats, strict=True) if not await lives]
+        dead += [worker for worker, some in zip(buried, lists, strict=True) if await some]
+        for worker in dead:
             jobs = await self.send("LRANGE", self.key("processing", worker), 0, 999)
             keys = [self.key("worker", worker), self.key("processing", worker)]
             keys += [self.key(name) for name in ("workers", "buried", "ready")]
-            keys += [self.key("run", Job.of(text).run) for text in jobs]
+            keys += [self.key("run", job.split("/")[0]) for job in jobs]
             moved = await self.send(*REAP.on(keys, worker=worker, jobs=jobs))
             self.counts["reaped"] += moved
             log.warning("worker %s is dead; gave back %d jobs", worker, moved)
@@ -2095,8 +2048,8 @@ class Worker:
             task, held.task = held.task, None
             if task:
                 task.cancel()
-        for text in await self.send("LRANGE", self.processing, 0, -1):
-            await self._give_back(Job.of(text), self.processing)
+        for job in await self.send("LRANGE", self.processing, 0, -1):
+            await self._give_back(job, self.processing)
         self._forget([*self.held])
 
 
