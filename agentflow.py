@@ -54,7 +54,6 @@ import socket
 import time
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -279,7 +278,7 @@ class Outcome(NamedTuple):
         return found | {"seconds": round(self.seconds, 3), "usage": self.usage}
 
 
-Retrying = Callable[[str, float], Awaitable[None]]  # is told why a node waits, and how long
+Retrying = Callable[[str, float], None]  # is told why a node waits, and how long
 
 
 async def execute(node: Node, ctx: Context, failure: str, retrying: Retrying) -> Outcome | Park:
@@ -335,7 +334,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, retrying: Retrying)
                 reason = f"no result within {node.timeout} seconds"
             if failures > node.retries:
                 raise TimeoutError(reason) if limit.expired() else error
-        await retrying(reason, delay)
+        retrying(reason, delay)
         await asyncio.sleep(delay)
 
 
@@ -988,8 +987,8 @@ class MemoryRun(Run):
         results: list[Any] | None = None
         failure = ""
 
-        async def retrying(reason: str, delay: float) -> None:
-            self._tell("retrying", node=id, error=reason, delay=delay)
+        def retrying(reason: str, delay: float) -> None:
+            self._tell("retrying", node=id, error=reason, delay=round(delay, 3))
 
         while True:
             ctx = Context(self._values, job, visit, self._dry_run, self._depth, results)
@@ -1440,6 +1439,8 @@ class Link:
         self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
         failed = []
         for (command, future), reply in zip(batch, replies, strict=True):
+            if future.cancelled():
+                continue
             if not isinstance(reply, Exception):
                 future.set_result(reply)
             elif transient(reply):
@@ -1766,9 +1767,9 @@ class Worker:
             origin = Origin(**json.loads(found[5]))
             try:
                 self._views[id] = View(self.executor, id, origin, await self._flow(origin))
-            except GraphError as error:
+            except Exception as error:
                 for job in jobs:
-                    text = f"worker {self.id} lacks something: {error}"
+                    text = f"worker {self.id} cannot build its flow: {error}"
                     await self._fail(RedisRun(self.executor, id, origin), job, text)
                 return
         view = self._views[id]
@@ -1821,9 +1822,9 @@ class Worker:
         visit, origin = view.state.visits.get(node.id, 1), view.origin
         ctx = Context(view.context, job, visit, origin.dry_run, origin.depth, results)
 
-        async def retrying(reason: str, delay: float) -> None:
+        def retrying(reason: str, delay: float) -> None:
             event = view.event("retrying", node=node.id, error=reason, delay=round(delay, 3))
-            await view.change(NOTE, event=event)
+            view.change(NOTE, event=event)  # nobody waits for it: a node may be cancelled
 
         task = asyncio.create_task(execute(node, ctx, failure, retrying))
         self.held[job] = Held(view, task, begun=True)
@@ -1914,6 +1915,7 @@ class Worker:
     def _forget(self, jobs: Iterable[str]) -> None:
         for job in jobs:
             self.held.pop(job, None)
+            self._suspects.pop(job, None)
             self._alone = "" if job == self._alone else self._alone
         runs = {job.split("/")[0] for job in self.held}
         self._views = {run: view for run, view in self._views.items() if run in runs}
