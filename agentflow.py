@@ -1206,7 +1206,7 @@ return {found, call('HGETALL', context), crashes, waits}
 COMMIT = Script("""
 local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
 if found[1] ~= a.seen then return {found, call('HGETALL', context)} end
-for _, job in ipairs(a.done) do call('LREM', mine, 1, job) end
+for _, job in ipairs(a.done) do call('LREM', mine, 0, job) end
 put_context()
 for kind, count in pairs(a.usage) do call('HINCRBY', root, 'usage ' .. kind, count) end
 call('HSET', run, 'version', a.version, 'tokens', a.tokens, 'visits', a.visits, 'steps', a.steps)
@@ -1218,8 +1218,8 @@ if found[2] == 'running' then
     finish('completed')
     call('DEL', parked)
   end
-  live(a.over and 7 or 30)
 end
+live(a.over and 7 or 30)
 return {found[2]}
 """)
 
@@ -1229,7 +1229,7 @@ return {found[2]}
 #   a     job version error event parent index told
 #   gives 1 if the job was in custody
 FAIL = Script("""
-if call('LREM', mine, 1, a.job) == 0 then return 0 end
+if call('LREM', mine, 0, a.job) == 0 then return 0 end
 local status = call('HGET', run, 'status')
 if status == 'running' then finish('failed') elseif status == 'failed' then note({a.event}) end
 return 1
@@ -1243,7 +1243,7 @@ return 1
 PARK = Script("""
 local status = call('HGET', run, 'status')
 if not status or status == 'cancelled' then return status end
-if call('LREM', mine, 1, a.job) == 0 or status ~= 'running' then return status end
+if call('LREM', mine, 0, a.job) == 0 or status ~= 'running' then return status end
 expect(parked, a.job)
 call('HSET', run, 'version', a.version)
 note({a.event})
@@ -1256,14 +1256,14 @@ end
 return status
 """)
 
-# GIVE_BACK puts a job back to where it is taken next.
-#   KEYS  processing, ready, run
-#   a     job crashed
+# GIVE_BACK puts a job back to where it is taken next; or drops it, if nothing is left to do.
+#   KEYS  run, processing, ready
+#   a     job crashed drop
 #   gives 1 if it was in custody
 GIVE_BACK = Script("""
-if call('LREM', KEYS[1], 1, a.job) == 0 then return 0 end
-if a.crashed then crash(KEYS[3], a.job) end
-call('RPUSH', KEYS[2], a.job)
+if call('LREM', KEYS[2], 0, a.job) == 0 then return 0 end
+if a.crashed then crash(run, a.job) end
+if not a.drop or is_active(run, a.job) then call('RPUSH', KEYS[3], a.job) end
 return 1
 """)
 
@@ -1275,7 +1275,7 @@ REAP = Script("""
 if call('EXISTS', KEYS[1]) == 1 then return 0 end
 local moved = 0
 for i, job in ipairs(a.jobs) do
-  if call('LREM', KEYS[2], 1, job) == 1 then
+  if call('LREM', KEYS[2], 0, job) > 0 then
     moved = moved + 1
     crash(KEYS[5 + i], job)
     call('RPUSH', KEYS[5], job)
@@ -1368,19 +1368,18 @@ SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)
 # ── 7. Redis: starting and steering runs ─────────────────────────────────────────────────────
 # What a client does. A run carries its graph, so a worker needs node types, but no graph files.
 
-PASSING = (
-    exceptions.ConnectionError, exceptions.TimeoutError, exceptions.OutOfMemoryError,
-    exceptions.ReadOnlyError, exceptions.NoScriptError, exceptions.MasterDownError,
-    exceptions.ClusterDownError, exceptions.TryAgainError, OSError,
-)  # fmt: skip
-PASSING_CODES = ("BUSY", "UNBLOCKED", "NOREPLICAS", "MISCONF")  # that redis-py has no class for
+PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.NoScriptError, OSError)
+PASSING_CODES = re.compile(  # first in the error, or, from inside a script of Redis 6.2, later
+    r"(^|-)(OOM|READONLY|LOADING|BUSY|MASTERDOWN|UNBLOCKED|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|MISCONF)"
+)
 
 
 def transient(error: BaseException) -> bool:
     """Whether Redis may well answer when it is asked again."""
     if isinstance(error, exceptions.AuthenticationError):
         return False  # although redis-py calls a wrong password a connection error
-    return isinstance(error, PASSING) or str(error).startswith(PASSING_CODES)
+    code = f"{getattr(error, 'status_code', None) or ''} {error}".lstrip()
+    return isinstance(error, PASSING) or PASSING_CODES.search(code) is not None
 
 
 def connect(url: str) -> redis.asyncio.Redis:
@@ -1665,6 +1664,7 @@ class Worker:
         self.fetch = connect(url)  # BLMOVE waits on a connection of its own
         self.concurrency, self.grace, self.lease, self.beat = concurrency, grace, lease, beat
         self.stopping = self._leaving = False
+        self._kept_alive = 0.0  # when the TTLs of runs were last refreshed
         self.counts = dict.fromkeys(("done", "refused", "audited", "reaped", "buried"), 0)
         self._registries: dict[str, Registry] = {}  # by graph
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -1748,9 +1748,7 @@ class Worker:
         for job in filter(None, taken):
             if processing != self.processing:  # we were buried meanwhile
                 await self._give_back(job, processing)
-            elif job in self.held:  # a resume queued it again
-                await self.send("LREM", processing, 1, job)
-            else:
+            elif job not in self.held:  # else a resume queued it again
                 self.held[job] = Held()
                 by_run.setdefault(job.split("/")[0], []).append(job)
         for run, jobs in by_run.items():
@@ -1762,7 +1760,9 @@ class Worker:
         found, context, crashes, parked = await self.send(*CLAIM.on(keys, jobs=jobs))
         if not found[0]:
             log.warning("run %s has expired; dropping %s", id, jobs)
-            return await self._drop(jobs)
+            for job in jobs:
+                await self._give_back(job, self.processing, drop=True)
+            return
         if id not in self._views:
             origin = Origin(**json.loads(found[5]))
             try:
@@ -1846,7 +1846,8 @@ class Worker:
             if not view.committing:
                 self._spawn(self._commit_all(view), view.id)
 
-    # Letting go of jobs: every way ends the custody in Redis first, and here after that.
+    # Letting go of jobs. A job is forgotten here before its custody ends in Redis: from then on it
+    # may come back at once.
 
     async def _commit_all(self, view: View) -> None:
         """A run's commits take turns; what ends meanwhile shares the next one."""
@@ -1863,31 +1864,41 @@ class Worker:
     async def _commit(self, view: View, batch: list[tuple[str, Outcome]]) -> bool:
         """Decide what these ends lead to, and record it. False where the run has moved on
         meanwhile: the view has what stands there, and it must be decided again."""
-        state, version, processing = view.state, new_id(), self.processing
+        seen, state, version, processing = view.version, view.state, new_id(), self.processing
+        context, steps, phase = view.context, view.steps, view.phase
         jobs: list[str] = []  # that this makes active
         log_: list[str] = []
+        refused: list[tuple[str, str]] = []
         for job, outcome in [*batch]:
-            node = job.split("/")[1]
+            _, node, token = job.split("/")
             try:
-                if not view.holds(job):
-                    self.counts["refused"] += 1
-                    await self._let_go(view, job)
-                elif view.steps + len(batch) > MAX_STEPS:
+                if phase == CANCELLED or state.tokens.get(node) != token:
+                    refused.append((job, ""))
+                elif steps + len(batch) > MAX_STEPS:
                     raise RunError(too_many_steps(node))
                 else:
+                    event = view.event("done", **outcome.event(node, view.state.visits))
                     state, ready = view.flow.advance(state, node, outcome.action, version)
                     jobs += [f"{view.id}/{node}/{version}" for node in ready]
-                    log_.append(view.event("done", **outcome.event(node, view.state.visits)))
+                    log_.append(event)
                     continue
             except RunError as error:
-                await self._fail(view, job, str(error))
+                refused.append((job, str(error)))
             batch.remove((job, outcome))
+        if (
+            phase == FAILED and not state.tokens
+        ):  # a resume would find nothing to do: it redoes them
+            refused += [(job, "") for job, _ in batch]
+            batch.clear()
+        for job, text in refused:
+            self.counts["refused"] += 1
+            await (self._fail(view, job, text) if text else self._let_go(view, job))
         if not batch:
             return True
         changes = {key: text for _, outcome in batch for key, text in outcome.changes.items()}
-        context, steps = view.context | changes, view.steps + len(batch)
+        context, steps = context | changes, steps + len(batch)
         room = 0 if self.stopping else max(1, self._room() + len(batch))
-        a: dict[str, Any] = {"seen": view.version, "version": version, "steps": steps, "log": log_}
+        a: dict[str, Any] = {"seen": seen, "version": version, "steps": steps, "log": log_}
         a |= {"tokens": encode(state.tokens), "visits": encode(state.visits)}
         a |= {"done": [job for job, _ in batch], "keep": jobs[:room], "queue": jobs[room:]}
         a["usage"] = add_up(outcome.usage for _, outcome in batch)
@@ -1897,8 +1908,9 @@ class Worker:
         if len(reply) > 1 and reply[0][0]:
             view.update(reply[0], pairs(reply[1]))
             return False
-        if len(reply) > 1:
-            await self._drop(a["done"])  # the run has expired
+        if len(reply) > 1:  # the run has expired
+            for job, _ in batch:
+                await self._give_back(job, processing, drop=True)
             return True
         view.version, view.state, view.context, view.steps = version, state, context, steps
         self.counts["done"] += len(batch)
@@ -1923,24 +1935,21 @@ class Worker:
             self._spawn(self._run_suspect())
         self._freed.set()
 
-    async def _drop(self, jobs: list[str]) -> None:
-        for job in jobs:
-            await self.send("LREM", self.processing, 1, job)
-        self._forget(jobs)
-
     async def _fail(self, run: RedisRun, job: str, text: str) -> None:
         log.warning("failed %s", job)
+        self._forget([job])
         if not await run.change(FAIL, self.processing, job=job, **run.end(FAILED, text)):
             self.counts["refused"] += 1
-        self._forget([job])
 
-    async def _give_back(self, job: str, processing: str) -> None:
-        """Put a job back, uncharged, unless it has begun and must never begin twice."""
+    async def _give_back(self, job: str, processing: str, drop: bool = False) -> None:
+        """Put a job back, or drop it if it cannot move; uncharged, unless it has begun and must
+        never begin twice."""
+        run, node, _ = job.split("/")
         held = self.held.get(job, Held())
-        once = held.begun and held.view and not held.view.flow.nodes[job.split("/")[1]].retries
-        keys = [processing, self.key("ready"), self.key("run", job.split("/")[0])]
-        await self.send(*GIVE_BACK.on(keys, job=job, crashed=bool(once)))
+        once = held.begun and held.view and not held.view.flow.nodes[node].retries
         self._forget([job])
+        keys = [self.key("run", run), processing, self.key("ready")]
+        await self.send(*GIVE_BACK.on(keys, job=job, crashed=bool(once), drop=drop))
 
     async def _park(self, view: View, job: str, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
@@ -1955,8 +1964,10 @@ class Worker:
             await asyncio.gather(*starts[i : i + 100])
         a: dict[str, Any] = {"job": job, "count": count, "question": park.question or ""}
         a["event"] = view.event("parked", node=job.split("/")[1], question=park.question)
-        view.phase = await view.change(PARK, self.processing, **a) or view.phase
-        await (self._let_go(view, job) if view.phase == CANCELLED else self._drop([job]))
+        self._forget([job])
+        if await view.change(PARK, self.processing, **a) == CANCELLED:
+            view.phase = CANCELLED
+            await self._let_go(view, job)
 
     async def _let_go(self, view: View, job: str) -> None:
         """Drop a job that has nothing more to do here; in a cancelled run, its children first."""
@@ -1968,31 +1979,36 @@ class Worker:
         for i in range(int(count or 0) if view.phase == CANCELLED else 0):
             if child := await self.executor.look_for(child_id(job, i)):
                 await child.change(CANCEL, **child.end(CANCELLED, "with its parent"))
-        await self._drop([job])
+        await self._give_back(job, self.processing, drop=True)
 
     # Once a second.
 
     async def _tick(self) -> None:
-        hour = 0.0
         while not self._leaving:
             due = time.monotonic() + self.beat
             await asyncio.sleep(self.beat)
             if (late := time.monotonic() - due) > self.beat:
                 jobs = ", ".join(self.held)
                 log.warning("a node blocked the event loop for %.1f s, one of: %s", late, jobs)
-            if not await self._beat():
-                log.warning("%s was taken for dead; going on under another name", self.id)
-                self.counts["buried"] += 1
-                await self._hand_back()
-                self._be_born()
-                await self._beat(born=True)
-            await self._audit()
-            await self._watch()
-            if time.monotonic() - self.executor.link.back_since > self.lease:
-                await self._reap()
-            if time.monotonic() > hour:
-                hour = time.monotonic() + 3600
-                await self._keep_alive()
+            try:
+                await self._look_after()
+            except exceptions.RedisError as error:
+                log.error("Redis refused a command, which a permission may lack: %s", error)
+
+    async def _look_after(self) -> None:
+        if not await self._beat():
+            log.warning("%s was taken for dead; going on under another name", self.id)
+            self.counts["buried"] += 1
+            await self._hand_back()
+            self._be_born()
+            await self._beat(born=True)
+        await self._audit()
+        await self._watch()
+        if time.monotonic() - self.executor.link.back_since > self.lease:
+            await self._reap()
+        if time.monotonic() > self._kept_alive + 3600:
+            self._kept_alive = time.monotonic()
+            await self._keep_alive()
 
     async def _beat(self, born: bool = False) -> bool:
         now = time.monotonic()

@@ -1,11 +1,13 @@
 """Start runs of the graphs, follow them, steer them, and see why one does not move.
 
-    python client.py --usecase research --local --dry-run      # needs no Redis, key or network
-    python client.py --usecase research --wait                 # needs a Redis and a worker.py
+    --usecase NAME    start a run of NAME.json, print its id and go, or --wait for its result;
+                      --local: here, without Redis; --dry-run: no key, no network; --draw: Mermaid
+    --run ID          --status, --wait, --explain, --draw, --cancel, --resume, --answer NODE=VALUE
+    --input KEY=VALUE is JSON if it parses, else text; KEY=@FILE reads a file
 
 Results go to stdout, all else to stderr. Exit code: 0 completed or queued, 1 failed or cancelled,
-2 bad input or nothing reachable, 130 Ctrl-C. What could steer a terminal is escaped: everywhere
-but in a result, which keeps newlines and tabs, and keeps all of it where stdout is no terminal.
+2 bad input or nothing reachable, 130 Ctrl-C. What could steer a terminal is escaped; in a result
+only on a terminal, newlines and tabs excepted.
 """
 
 from __future__ import annotations
@@ -25,15 +27,14 @@ from typing import Any
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-from agentflow import CANCELLED, COMPLETED, FAILED, RETURNED, WAITING, Event, Flow, GraphError
-from agentflow import MemoryRun, RedisExecutor, RedisRun, Registry, Run, RunError, Status
-from agentflow import child_id, parse_json
+from agentflow import (
+    CANCELLED, COMPLETED, DEFAULT, FAILED, RETURNED, WAITING, Event, Flow, GraphError, MemoryRun,
+    RedisExecutor, RedisRun, Registry, Run, RunError, child_id, parse_json,
+)  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 FILLS = {"done": "#d5f5d5", "active": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
-
-# ── 1. What reaches a terminal ───────────────────────────────────────────────────────────────
 
 
 def escape(text: object, keep: str = "") -> str:
@@ -55,70 +56,41 @@ def say(text: object) -> None:
 def show(text: str) -> None:
     """Print a result on stdout."""
     if sys.stdout:
-        print(escape(text, keep="\n\t") if sys.stdout.isatty() else text, flush=True)
+        print(escape(text, "\n\t") if sys.stdout.isatty() else text, flush=True)
 
 
-def clock(at: float) -> str:
-    """A time of day."""
-    return time.strftime("%H:%M:%S", time.localtime(at))
-
-
-def tell(event: Event, root: str) -> None:
-    """Print an event: time, node, what, and the rest by name; then what a person is asked."""
-    rest = {**event, "question": ""}
-    place = rest.pop("node", "")
-    if rest.pop("run") != root:
-        place = f"{event['flow']}/{place}"
-    said = f"{clock(rest.pop('at', time.time()))}  {place:<28} {rest.pop('event'):<10}"
+def line_of(event: Event, root: str) -> str:
+    """An event in a line: time, node, what, visit, seconds, and the rest by name."""
+    rest = {"at": time.time(), "node": "", **event}
+    flow = "" if rest.pop("run") == root else rest["flow"] + "/"
+    what = f"{flow}{rest.pop('node'):<{28 - len(flow)}} {rest.pop('event'):<10}"
+    start = f"{time.ctime(rest.pop('at'))[11:19]}  {what}"
     del rest["flow"]
-    say(said + "".join(f" {name} {value} " for name, value in rest.items() if value))
-    for line in (event.get("question") or "").splitlines():
-        say(f"          | {line}")
-
-
-# ── 2. The command line ──────────────────────────────────────────────────────────────────────
-
-FLAGS = (  # flag, its value, what it goes with, what it does
-    ("--usecase", "NAME", "", "start a run of the graph NAME.json"),
-    ("--run", "ID", "", "look at a run that exists, or steer it"),
-    ("--list", "", "", "show the use cases"),
-    ("--runs", "", "", "show recent runs"),
-    ("--workers", "", "", "show who is alive, and what waits"),
-    ("--input", "KEY=VALUE", "usecase resume", "JSON if it parses, else text; KEY=@FILE reads a file"),
-    ("--wait", "", "usecase run", "follow the run and print its result"),
-    ("--local", "", "usecase", "run it in this process, without Redis"),
-    ("--dry-run", "", "usecase", "models and HTTP calls give their examples; no key, no network"),
-    ("--json", "", "wait local status", "print one JSON document"),
-    ("--draw", "", "usecase run", "print Mermaid of the graph, or of the run"),
-    ("--status", "", "run", "show what the run has done"),
-    ("--explain", "", "run", "show where each of its tokens is, and why"),
-    ("--cancel", "", "run", "end it for good"),
-    ("--resume", "", "run", "go on from exactly where it failed"),
-    ("--answer", "NODE=VALUE", "run", "answer what a node asks"),
-    ("--graphs", "DIR", "", "where the graphs are"),
-    ("--redis", "URL", "", "default: REDIS_URL, else redis://localhost:6379"),
-    ("--import", "MODULE", "", "a module with more node types"),
-)  # fmt: skip
+    return escape(start + "".join(f" {k} {v} " for k, v in rest.items() if v not in ("", None)))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; ends with exit code 2 and a line that says why where it makes no sense."""
-    usage = "client.py --usecase NAME | --run ID | --list | --runs | --workers  (--help for more)"
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
-    for flag, value, _, about in FLAGS:
-        how: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
-        if flag in ("--input", "--import"):
-            how |= {"action": "append", "default": []}
-        parser.add_argument(flag, help=about, **how)
+    usage = "client.py --usecase NAME | --run ID | --list | --runs | --workers  (see --help)"
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "client.py", usage, __doc__, formatter_class=raw, allow_abbrev=False
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    how = parser.add_mutually_exclusive_group()
+    flag, many = {"action": "store_true"}, {"action": "append", "default": []}
+    for group, names, more in (
+        (what, "usecase run", {}), (what, "list runs workers", flag), (parser, "input import", many),
+        (how, "answer", {}), (how, "status explain draw cancel resume", flag),
+        (parser, "graphs redis", {}), (parser, "wait local dry-run json", flag),
+    ):  # fmt: skip
+        for name in names.split():
+            group.add_argument(f"--{name}", **more)
     args = parser.parse_args(argv)
-    given = {flag[2:] for flag, *_ in FLAGS if getattr(args, flag[2:].replace("-", "_"))}
-    if len(given & {"usecase", "run", "list", "runs", "workers"}) != 1:
-        parser.error("say one of these; for example --usecase research --local --dry-run")
-    if len(given & {"status", "explain", "draw", "cancel", "resume", "answer"}) > 1:
-        parser.error("one at a time: --status, --explain, --draw, --cancel, --resume, --answer")
-    for flag, _, fits, _ in FLAGS:
-        if flag[2:] in given and fits and not given.intersection(fits.split()):
-            parser.error(f"{flag} goes with --{fits.replace(' ', ' or --')}")
+    if not args.run and (args.status or args.explain or args.cancel or args.resume or args.answer):
+        parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
+    if not args.usecase and (args.local or args.dry_run or args.input and not args.resume):
+        parser.error("--local, --dry-run and --input go with --usecase NAME")
     return args
 
 
@@ -130,27 +102,25 @@ def values(given: Iterable[str]) -> dict[str, Any]:
         if not key or not equals:
             raise RunError(f"{text}: must be like KEY=VALUE or KEY=@FILE")
         try:
-            value = Path(value[1:]).read_text("utf-8") if value.startswith("@") else value
-        except (OSError, ValueError) as error:
+            found[key] = Path(value[1:]).read_text("utf-8") if value.startswith("@") else value
+            found[key] = parse_json(found[key])
+        except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{key}: cannot read {value[1:]}: {error}") from None
-        try:
-            found[key] = parse_json(value)
         except ValueError:
-            found[key] = value
+            continue  # text
     return found
 
 
 def set_up(args: argparse.Namespace) -> None:
-    """Read .env, import what is to be imported, and find out which Redis is meant."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    """Read .env, import the node types, and find out which Redis is meant."""
     load_dotenv(find_dotenv(usecwd=True))
+    args.at = f" --redis {public(args.redis)}" if args.redis else ""
     args.redis = args.redis or os.environ.get("REDIS_URL") or "redis://localhost:6379"
     sys.path += [str(HERE), os.curdir]
     for module in ["graphs.nodes", *vars(args)["import"]]:
         try:
             importlib.import_module(module)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise RunError(f"cannot import {module}: {type(error).__name__}: {error}") from None
 
 
@@ -158,47 +128,88 @@ async def reach(url: str) -> RedisExecutor:
     """The executor on this Redis; RunError, which says what to type, where it will not do."""
     try:
         executor = RedisExecutor(url)
-    except ValueError:  # its text may hold a part of a password
-        raise RunError("a Redis URL is like redis://[:PASSWORD@]HOST[:PORT][/DB]") from None
-    try:
         await executor.open()
+        return executor
+    except ValueError:  # its text may hold a part of a password
+        raise RunError("--redis must be like redis://[:PASSWORD@]HOST[:PORT][/DB]") from None
     except (RedisError, OSError) as error:
         mend = "start redis-server, or name another with --redis URL"
         if "unknown command" in str(error):
             mend = "it is too old; use Redis 6.2 or newer, or valkey"
         elif "auth" in f"{type(error)} {error}".lower():
-            mend = "give the right password: --redis redis://:PASSWORD@HOST:PORT"
+            error, mend = PermissionError("wrong password"), "--redis redis://:PASSWORD@HOST:PORT"
         less = "--local needs no Redis, --local --dry-run nothing at all"
         raise RunError(f"Redis at {public(url)}: {error}; {mend}; {less}") from None
-    return executor
-
-
-# ── 3. Starting, steering, following ─────────────────────────────────────────────────────────
 
 
 async def start(args: argparse.Namespace) -> int:
     """Start a run of a use case; what is wrong with it is found before Redis is asked."""
     registry = Registry.load(args.graphs or HERE / "graphs")
+    if args.list:
+        for id, graph in registry.graphs.items():
+            show(f"{id:<24} {graph.get('description', '') if isinstance(graph, dict) else graph}")
+        return 0
     if args.usecase not in registry:
         raise RunError(f'no use case "{args.usecase}"; there is {", ".join(registry) or "none"}')
     flow, inputs = registry[args.usecase], values(args.input)
     if args.draw:
-        show(mermaid(registry.graphs[flow.id], {}))
+        show(mermaid(flow, {}))
         return 0
     flow.begin(inputs)
     if args.local:
         return await follow(args, await flow.run(inputs, dry_run=args.dry_run))
-    executor = await reach(args.redis)
-    run = await flow.run(inputs, executor, args.dry_run)
-    if args.wait:
+    run = await flow.run(inputs, await reach(args.redis), args.dry_run)
+    if args.wait or args.json:
         return await follow(args, run)
     show(run.id)
-    say(f"queued; to follow it, type: {args.me} --run {run.id} --wait")
+    say(f"queued; to follow it, type: python client.py{args.at} --run {run.id} --wait")
     return 0
 
 
+async def follow(args: argparse.Namespace, run: Run) -> int:
+    """Print a run's events until it has ended, then its result; gives the exit code."""
+    me = f"python client.py{args.at} --run"
+    if isinstance(run, RedisRun):
+        await look(run.executor)
+    try:
+        async for event in run.events():
+            say(line_of({**event, "question": ""}, run.id))
+            for line in (event.get("question") or "").splitlines():
+                say(f"          | {line}")
+            if event.get("question") and isinstance(run, MemoryRun):
+                await run.answer(event["node"], await ask())
+            elif event.get("question"):
+                say(f"to answer, type: {me} {event['run']} --answer {event['node']}=VALUE")
+    except asyncio.CancelledError:
+        goes_on = f"goes on; to follow it, type: {me} {run.id} --wait"
+        say(f"run {run.id} {'ends here' if args.local else goes_on}")
+        raise
+    status = await run.status()
+    if args.json:
+        show(json.dumps({k: v for k, v in vars(status).items() if k != "tokens"}, indent=2))
+    elif status.status == COMPLETED:
+        text = status.result
+        show(text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False))
+    elif status.status == FAILED and not args.local:
+        say(f"to go on from there, type: {me} {run.id} --resume --wait")
+    return int(status.status != COMPLETED)
+
+
+async def ask() -> str:
+    """A person's answer, from the terminal; RunError without one."""
+    if sys.stdin and sys.stdin.isatty():
+        say("your answer:")
+        typed = asyncio.Event()  # no thread: that would survive Ctrl-C
+        asyncio.get_running_loop().add_reader(0, typed.set)
+        await typed.wait()
+        asyncio.get_running_loop().remove_reader(0)
+        if answer := os.read(0, 65536).decode(errors="replace").strip():
+            return answer
+    raise RunError("a person is asked, and nobody answers here; use Redis, or --dry-run")
+
+
 async def steer(args: argparse.Namespace) -> int:
-    """Look at a run that exists, or change its course; and then follow it, if that is asked."""
+    """Look at a run that exists, or change its course; gives the exit code."""
     run = await (await reach(args.redis)).find(args.run)
     if args.cancel:
         await run.cancel()
@@ -210,84 +221,45 @@ async def steer(args: argparse.Namespace) -> int:
     elif args.draw:
         show(await draw(run))
     elif args.explain:
-        async for line in Explanation(run.executor, args.me).of(run.id):
-            show(escape(line))
-    elif not args.wait:
-        return await report(args, run)
-    return await follow(args, run) if args.wait else 0
+        lines = [line async for line in explain(run, await look(run.executor))]
+        if any("NOWHERE" in line for line in lines):  # it may have moved while we looked
+            lines = [line async for line in explain(run, await look(run.executor))]
+        show("\n".join(map(escape, lines)))
+    elif not (args.wait or args.json):
+        for event in await recorded(run):
+            show(line_of(event, run.id))
+        status = await run.status()
+        show(f"run {run.id} of {status.flow} is {status.status}; tokens used {status.usage}")
+        return int(status.status in (FAILED, CANCELLED))
+    return await follow(args, run) if args.wait or args.json else 0
 
 
-async def follow(args: argparse.Namespace, run: Run) -> int:
-    """Print a run's events until it has ended, then its result."""
-    if isinstance(run, RedisRun):
-        args.watch = asyncio.create_task(watch(run.executor))
-    try:
-        async for event in run.events():
-            tell(event, run.id)
-            if event.get("question") and isinstance(run, MemoryRun):
-                await run.answer(event["node"], await ask())
-            elif event.get("question"):
-                say(f"type: {args.me} --run {event['run']} --answer {event['node']}=VALUE")
-    except asyncio.CancelledError:
-        more = f"goes on; to follow it, type: {args.me} --run {run.id} --wait"
-        say(f"run {run.id} {'ends here' if args.local else more}")
-        raise
-    return await report(args, run)
-
-
-async def ask() -> str:
-    """A person's answer, from the terminal; RunError without one."""
-    typed = asyncio.Event()
-    if sys.stdin and sys.stdin.isatty():
-        say("your answer:")  # not in a thread, which would survive Ctrl-C
-        asyncio.get_running_loop().add_reader(0, typed.set)
-        await typed.wait()
-        asyncio.get_running_loop().remove_reader(0)
-        if answer := os.read(0, 65536).decode(errors="replace").strip():
-            return answer
-    raise RunError("a person is asked, and there is no terminal to answer; use Redis or --dry-run")
-
-
-async def report(args: argparse.Namespace, run: Run) -> int:
-    """Print a run's result, or what it has done; gives the exit code."""
-    status = await run.status()
-    if args.json:
-        show(json.dumps({k: v for k, v in vars(status).items() if k != "tokens"}, indent=2))
-    elif isinstance(run, RedisRun) and not args.wait:
-        await print_life(run, status)
-    elif isinstance(status.result, str):
-        show(status.result)
-    elif status.status == COMPLETED:
-        show(json.dumps(status.result, indent=2, ensure_ascii=False))
-    if status.status == FAILED and not args.local:
-        say(f"to go on from there, type: {args.me} --run {run.id} --resume --wait")
-    return int(status.status in (FAILED, CANCELLED))
-
-
-# ── 4. Looking ───────────────────────────────────────────────────────────────────────────────
-
-
-async def alive(executor: RedisExecutor) -> dict[str, tuple[float, dict[str, Any]]]:
-    """The living workers: the age of the heartbeat, and since when each runs which job; without
-    any, says what to type."""
-    send, key = executor.send, executor.key
-    found = {}
-    for worker in await send("ZRANGE", key("workers"), 0, -1):
-        beat, left = await asyncio.gather(
-            *(send(c, key("worker", worker)) for c in ("GET", "PTTL"))
-        )
+async def look(executor: RedisExecutor) -> dict[str, str]:
+    """Where each job is that is queued or with a worker; says what to type without a worker."""
+    send, key, found, alive = executor.send, executor.key, dict[str, str](), 0
+    workers = [w for name in ("workers", "buried") for w in await send("ZRANGE", key(name), 0, -1)]
+    async with executor.link.client.pipeline() as pipe:  # all at one instant
+        pipe.lrange(key("ready"), 0, -1)
+        for worker in workers:
+            pipe.get(key("worker", worker))
+            pipe.pttl(key("worker", worker))
+            pipe.lrange(key("processing", worker), 0, -1)
+        ready, *rest = await pipe.execute()
+    for worker, beat, left, jobs in zip(workers, rest[::3], rest[1::3], rest[2::3], strict=True):
+        since, age = json.loads(beat or "{}"), f"(heartbeat {6 - left / 1000:.0f} s ago)"
         if beat:
-            found[worker] = (6 - left / 1000, json.loads(beat))
-    if not found:
+            alive += 1
+            found[f"worker {worker}"] = f"is alive and has {len(jobs)} jobs {age}"
+        for job in jobs:
+            found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
+            if beat:
+                found[job] = f"is running on worker {worker} since {since.get(job, 0):.0f} s {age}"
+    for i, job in enumerate(ready):
+        nobody = "" if alive else ", and no worker is alive"
+        found[job] = f"is queued at place {len(ready) - i} of {len(ready)}{nobody}"
+    if not alive:
         say("no worker is alive; in another terminal, type: python worker.py")
     return found
-
-
-async def watch(executor: RedisExecutor) -> None:
-    """Say so when no worker is alive, every ten seconds, as long as this process lives."""
-    while True:
-        await alive(executor)
-        await asyncio.sleep(10)
 
 
 async def recorded(run: RedisRun) -> list[Event]:
@@ -296,217 +268,120 @@ async def recorded(run: RedisRun) -> list[Event]:
     return [json.loads(row["event"]) | {"at": int(id.split("-")[0]) / 1000} for id, row in rows]
 
 
-async def print_life(run: RedisRun, status: Status) -> None:
-    """Print what a run has done: a line for each node."""
-    hash = await run.executor.send("HGETALL", run.keys[0])
-    show(f"run {run.id} of {status.flow} is {status.status} {escape(status.error)}".strip())
-    show(f"{'node':<32} visits  deliveries  retries  seconds  tokens used")
-    lives: dict[str, list[Event]] = {}
-    for event in await recorded(run):
-        if "node" in event and run.id in (event["run"], run.origin.root):
-            place = "" if event["run"] == run.id else f"{event['flow']}/"
-            lives.setdefault(place + event["node"], []).append(event)
-    for place, events in lives.items():
-        done = [event for event in events if event["event"] == "done"]
-        retries = sum(event["event"] == "retrying" for event in events)
-        crashes = sum(
-            int(n) for job, n in hash.items() if job.startswith(f"crashes {run.id}/{place}/")
-        )
-        seconds = sum(event["seconds"] for event in done)
-        used = sum(sum(event.get("usage", {}).values()) for event in done)
-        visits = len(done)
-        show(
-            f"{place:<32} {visits:>6} {visits + crashes:>11} {retries:>8} {seconds:>8.2f} {used:>12}"
-        )
-
-
-class Explanation:
-    """Where the tokens of a run and of its children are, and why."""
-
-    def __init__(self, executor: RedisExecutor, me: str) -> None:
-        self.executor, self.me = executor, me
-        self.send, self.key = executor.send, executor.key
-
-    async def of(self, id: str, indent: str = "") -> AsyncIterator[str]:
-        """A line for the run, and one for each token; those of its children below it."""
-        run = await self.executor.find(id)
-        if not indent:
-            self.workers = await alive(self.executor)
-            self.last = {(e["run"], e.get("node")): e for e in await recorded(run)}
-        status = await run.status()
-        yield f"{indent}run {id} of {status.flow} is {status.status} {status.error}".rstrip()
-        if status.status in (COMPLETED, CANCELLED):
-            return
-        flow = Registry(await graphs_of(run))[status.flow]
-        jobs = {
-            n: f"{id}/{n}/{m}" for n, m in status.tokens.items() if m not in (WAITING, RETURNED)
-        }
-        places = {node: await self.place(run, status, job) for node, job in jobs.items()}
-        for node in status.tokens:
-            why = [
-                f"{n}, which {places.get(n, 'waits, too')}" for n in blockers(flow, status, node)
-            ]
-            yield f"{indent}  {node} {places.get(node) or 'waits for ' + '; and for '.join(why)}"
-            for child in await self.children(run, jobs.get(node, "")):
-                async for line in self.of(child, indent + "    "):
+async def explain(run: RedisRun, jobs: dict[str, str], indent: str = "") -> AsyncIterator[str]:
+    """A line for a run, and one for each token: where it is, and why; likewise its children."""
+    status, flow, places = await run.status(), await flow_of(run), dict[str, str]()
+    last = {(event["run"], event.get("node")): event for event in await recorded(run)}
+    hash, parked = [await run.executor.send("HGETALL", key) for key in (run.keys[0], run.keys[2])]
+    yield f"{indent}run {run.id} of {flow.id} is {status.status} {status.error}".rstrip()
+    tokens = {} if status.status in (COMPLETED, CANCELLED) else status.tokens
+    for node, mark in tokens.items():
+        job, event = f"{run.id}/{node}/{mark}", last.get((run.id, node), {})
+        if mark in (WAITING, RETURNED):
+            continue
+        places[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
+        if job in jobs:
+            places[node] = f"{jobs[job]}, delivery {int(hash.get(f'crashes {job}', 0)) + 1}"
+            if event.get("event") == "retrying" and event["at"] + event["delay"] > time.time():
+                until = time.ctime(event["at"] + event["delay"])[11:19]
+                places[node] += f", backs off until {until} after {event['error']}"
+        elif parked.get(f"{job} is parked") and parked[job]:
+            command = f"--run {run.id} --answer {node}=VALUE"
+            places[node] = f"waits for a person: {parked[job]} (to answer, type: {command})"
+        elif parked.get(f"{job} is parked"):
+            places[node] = (
+                f"waits for {parked[f'{job} left']} of {parked[f'{job} count']} child runs"
+            )
+        elif status.status == FAILED:
+            places[node] = "stands still, as its run failed; --resume runs it again"
+    for node, mark in tokens.items():
+        why = [f"{n}, which {places.get(n, 'waits, too')}" for n in blockers(flow, tokens, node)]
+        yield f"{indent}  {node} {places.get(node) or 'waits for ' + '; and for '.join(why)}"
+        job = f"{run.id}/{node}/{mark}"
+        for i in range(0 if parked.get(job) else int(parked.get(f"{job} count", 0))):
+            child = await run.executor.look_for(child_id(job, i))
+            if child and not parked.get(f"{job} {i}", "").startswith(f'["{COMPLETED}'):
+                async for line in explain(child, jobs, indent + "    "):
                     yield line
 
-    async def place(self, run: RedisRun, status: Status, job: str) -> str:
-        """Where an active token is."""
-        node, mark = job.split("/")[1:]
-        for _ in range(3):  # it may move between two looks
-            if found := await self.custody(run, job, node):
-                return found
-            if status.status == FAILED:
-                return "stands still; --resume runs it again"
-            if (await run.status()).tokens.get(node) != mark:
-                return "has just moved on"
-        return "is NOWHERE: not queued, not with a worker, not parked; please report it (I2)"
 
-    async def custody(self, run: RedisRun, job: str, node: str) -> str:
-        """Who has a job, and what it waits for; empty where nobody has it."""
-        send, key = self.send, self.key
-        crashes = await send("HGET", run.keys[0], f"crashes {job}")
-        delivery = f"delivery {int(crashes or 0) + 1}"
-        length, place = await asyncio.gather(
-            send("LLEN", key("ready")), send("LPOS", key("ready"), job)
-        )
-        if place is not None:
-            nobody = "" if self.workers else ", and no worker is alive"
-            return f"is queued at place {length - place} of {length}, {delivery}{nobody}"
-        listed = [
-            w for name in ("workers", "buried") for w in await send("ZRANGE", key(name), 0, -1)
-        ]
-        for worker in listed:
-            if await send("LPOS", key("processing", worker), job) is None:
-                continue
-            if worker not in self.workers:
-                return f"was with worker {worker}, which is dead; a living one will take it over"
-            age, doing = self.workers[worker]
-            event = self.last.get((run.id, node), {})
-            until = event["at"] + event["delay"] if event.get("event") == "retrying" else 0
-            what = f"is running since {doing.get(job) or 0:.0f} s"
-            if until > time.time():
-                what = f"backs off until {clock(until)} after {event['error']}"
-            return f"{what}, on worker {worker}, {delivery} (heartbeat {age:.0f} s ago)"
-        fields = (job, f"{job} left", f"{job} count", f"{job} is parked")
-        question, left, count, parked = await send("HMGET", run.keys[2], *fields)
-        if parked and question:
-            return f"asks: {question}; type: {self.me} --run {run.id} --answer {node}=VALUE"
-        return f"waits for {left} of {count} child runs" if parked else ""
-
-    async def children(self, run: RedisRun, job: str) -> list[str]:
-        """The child runs of a job that have not completed."""
-        parked = await self.send("HGETALL", run.keys[2])
-        count = 0 if parked.get(job) else int(parked.get(f"{job} count", 0))
-        told = [parked.get(f"{job} {i}", "") for i in range(count)]
-        return [child_id(job, i) for i in range(count) if not told[i].startswith(f'["{COMPLETED}')]
-
-
-def blockers(flow: Flow, status: Status, node: str) -> list[str]:
+def blockers(flow: Flow, tokens: Mapping[str, str], node: str) -> list[str]:
     """The nodes whose tokens keep a waiting one from running, by the rule in Flow."""
-    tokens = status.tokens
-    before = flow._upstream[node] | (flow._body[node] if tokens[node] == RETURNED else 0)
+    before = flow._upstream[node] | (flow._body.get(node, 0) if tokens[node] == RETURNED else 0)
     back = {head for head in flow.members(flow._heads[node]) if tokens.get(head) == RETURNED}
     return [other for other in flow.members(before) if other in tokens.keys() - back - {node}]
 
 
-async def print_runs(executor: RedisExecutor) -> None:
-    """Print the recent runs, newest first: id, flow, status, age, where their tokens are."""
-    for id in await executor.send("ZRANGE", executor.key("runs"), 0, 19, "REV"):
-        key, fields = executor.key("run", id), ("status", "origin", "created", "tokens")
-        status, origin, created, tokens = await executor.send("HMGET", key, *fields)
+async def overview(args: argparse.Namespace) -> int:
+    """Print the recent runs, or what the workers do and what waits."""
+    executor = await reach(args.redis)
+    for job, place in (await look(executor)).items() if args.workers else ():
+        show(f"{job} {place}")
+    for id in (
+        await executor.send("ZRANGE", executor.key("runs"), 0, 19, "REV") if args.runs else ()
+    ):
+        fields = ("status", "origin", "created", "tokens")
+        status, origin, at, tokens = await executor.send("HMGET", executor.key("run", id), *fields)
         if status:
-            flow, age = json.loads(origin)["flow"], time.time() - int(created)
-            show(f"{id}  {flow:<20} {status:<10} {age:>7.0f} s  {', '.join(json.loads(tokens))}")
+            age, nodes = time.time() - int(at), ", ".join(json.loads(tokens))
+            show(f"{id}  {json.loads(origin)['flow']:<20} {status:<10} {age:>7.0f} s  {nodes}")
+    return 0
 
 
-async def print_workers(executor: RedisExecutor) -> None:
-    """Print who is alive and doing what, how many jobs wait, and which is next."""
-    for worker, (age, doing) in (await alive(executor)).items():
-        show(f"{worker}  {len(doing)} jobs, heartbeat {age:.0f} s ago")
-        for job, since in doing.items():
-            show(f"    {job}  since {since or 0:.0f} s")
-    ready, send = executor.key("ready"), executor.send
-    show(f"{await send('LLEN', ready)} jobs wait; the oldest: {await send('LINDEX', ready, -1)}")
-
-
-# ── 5. Drawing ───────────────────────────────────────────────────────────────────────────────
-
-
-async def graphs_of(run: RedisRun) -> dict[str, Any]:
-    """The graphs that a run was started with, by id."""
+async def flow_of(run: RedisRun) -> Flow:
+    """The flow of a run, from the graph that it was started with."""
     text = await run.executor.send("GET", run.executor.key("graph", run.origin.graph))
-    return dict(json.loads(text or "{}"))
+    return Registry(json.loads(text or "{}"))[run.origin.flow]
 
 
 async def draw(run: RedisRun) -> str:
     """The graph of a run as Mermaid, coloured by state."""
     status = await run.status()
-    done = [e for e in await recorded(run) if e["event"] == "done" and e["run"] == run.id]
-    states = {event["node"]: "done" for event in done}
+    here = [event for event in await recorded(run) if event["run"] == run.id]
+    states = {event["node"]: "done" for event in here if event["event"] == "done"}
     for node, mark in status.tokens.items():
         failed = status.error.startswith(f'node "{node}"')
         states[node] = (
             "failed" if failed else "waiting" if mark in (WAITING, RETURNED) else "active"
         )
-    return mermaid((await graphs_of(run))[status.flow], states)
+    return mermaid(await flow_of(run), states)
 
 
-def mermaid(graph: Mapping[str, Any], states: Mapping[str, str]) -> str:
-    """A graph as Mermaid; `states` says which nodes are done, active, waiting or failed."""
-
-    def label(text: object) -> str:
-        return re.sub(r'[#"<>&|]', lambda c: f"#{ord(c[0])};", escape(text))
-
-    names = {str(node["id"]): f"n{i}" for i, node in enumerate(graph["nodes"])}
+def mermaid(flow: Flow, states: Mapping[str, str]) -> str:
+    """A flow as Mermaid; `states` says which nodes are done, active, waiting or failed."""
+    names = {node: f"n{i}" for i, node in enumerate(flow.nodes)}
     lines = ["flowchart TD"]
-    for node in graph["nodes"]:
-        state = f":::{states[str(node['id'])]}" if str(node["id"]) in states else ""
-        text = f"{label(node['id'])}<br/>{label(node['type'])}"
-        lines.append(f'    {names[str(node["id"])]}["{text}"]{state}')
-    for edge in graph.get("edges", []):
-        arrow = f'-->|"{label(edge["action"])}"|' if edge.get("action") else "-->"
-        lines.append(f"    {names[str(edge['source'])]} {arrow} {names[str(edge['target'])]}")
-    for state in sorted({*states.values()}):
-        lines.append(f"    classDef {state} fill:{FILLS[state]},color:#000")
+    for node, name in names.items():
+        lines.append(f'    {name}["{node}"]' + (f":::{states[node]}" if node in states else ""))
+    for source, by_action in flow.targets.items():
+        for action, targets in by_action.items():
+            label = re.sub(r'[#"<>&|]', lambda c: f"#{ord(c[0])};", escape(action))
+            arrow = "-->" if action == DEFAULT else f'-->|"{label}"|'
+            lines += [f"    {names[source]} {arrow} {names[target]}" for target in targets]
+    lines += [f"    classDef {s} fill:{FILLS[s]},color:#000" for s in sorted({*states.values()})]
     return "\n".join(lines)
-
-
-# ── 6. All of it ─────────────────────────────────────────────────────────────────────────────
-
-
-async def command(args: argparse.Namespace) -> int:
-    """Do what the command line says; gives the exit code."""
-    set_up(args)
-    if args.usecase or args.run:
-        return await (start(args) if args.usecase else steer(args))
-    if args.runs or args.workers:
-        executor = await reach(args.redis)
-        await (print_runs(executor) if args.runs else print_workers(executor))
-        return 0
-    for id, graph in Registry.load(args.graphs or HERE / "graphs").graphs.items():
-        show(f"{id:<24} {graph.get('description', '') if isinstance(graph, dict) else graph}")
-    return 0
 
 
 def main(argv: list[str]) -> int:
     """The whole command; gives the exit code."""
     try:
         args = parse(argv)
-        args.me = "python client.py" + (f" --redis {public(args.redis)}" if args.redis else "")
-        return asyncio.run(command(args))
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+        set_up(args)
+        does = steer if args.run else overview if args.runs or args.workers else start
+        return asyncio.run(does(args))
     except (GraphError, RunError, RedisError) as error:
         for line in str(error).splitlines():
             say(line)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # nobody reads on; at exit Python would try once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        return 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:  # nobody reads on; at exit Python would try once more, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+    sys.exit(main(sys.argv[1:]))

