@@ -431,15 +431,11 @@ class Flow:
     ) -> tuple[State, list[str]]:
         returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
         busy = self._mask(tokens) & ~returned
-        ready: list[str] = []
-        for node, mark in tokens.items():
-            # A token that has come back belongs to the round that ends: what is in the same loop
-            # does not wait for it, what is behind the loop does.
-            others = busy | returned & ~self._heads[node]
-            if mark == WAITING and not others & self._upstream[node]:
-                ready.append(node)
-            elif mark == RETURNED and not others & (self._upstream[node] | self._body[node]):
-                ready.append(node)
+        ready = [
+            node
+            for node, mark in tokens.items()
+            if mark in (WAITING, RETURNED) and not self._blockers(node, mark, busy, returned)
+        ]
         for node in ready:
             if tokens[node] == WAITING and node in self._body:  # enters its loop from outside
                 inside = self._body[node]
@@ -448,6 +444,19 @@ class Flow:
                 visits = {**visits, node: visits.get(node, 0) + 1}
             tokens[node] = id
         return State(tokens, visits), ready
+
+    def _blockers(self, node: str, mark: str, busy: int, returned: int) -> int:
+        """The tokens that a token waits for: those upstream, and, if it has come back to the head
+        of a loop, those in the loop. One that has come back belongs to the round that ends: what
+        is in its loop does not wait for it, what is behind the loop does."""
+        upstream = self._upstream[node] | (self._body[node] if mark == RETURNED else 0)
+        return (busy | returned & ~self._heads[node]) & upstream
+
+    def blockers(self, tokens: Mapping[str, str], node: str) -> list[str]:
+        """The nodes whose tokens a waiting node waits for."""
+        returned = self._mask(other for other, mark in tokens.items() if mark == RETURNED)
+        busy = self._mask(tokens) & ~returned
+        return self.members(self._blockers(node, tokens[node], busy, returned))
 
     # What the rule reads, found once, when the flow is built.
 
@@ -828,7 +837,7 @@ class Registry(Mapping[str, Flow]):
 # What running a flow means, with nothing in the way. Sections 7 and 8 must agree with it.
 
 RUNNING, COMPLETED, FAILED, CANCELLED = "running", "completed", "failed", "cancelled"
-Event = dict[str, Any]  # what happened: "event", "run", "flow", and what belongs to it
+Event = dict[str, Any]  # "at" (seconds since 1970), "event", "run", "flow", and what belongs to it
 
 
 @dataclass
@@ -931,7 +940,7 @@ class MemoryRun(Run):
         self._news: asyncio.Event | None = None  # set when something has happened, if one waits
         self._over = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._questions: dict[str, asyncio.Future[Any]] = {}  # by the node that asks
+        self._questions: dict[str, asyncio.Future[Any]] = {}  # likewise, by run/node
         self._state, ready = flow.first(new_id())
         self._tell("started")
         self._queue(ready)
@@ -959,11 +968,13 @@ class MemoryRun(Run):
         where = (self.id, self._flow.id, self._status, result, values, self._error)
         return Status(*where, self._usage, self._state.tokens)
 
-    async def answer(self, node: str, value: Any) -> None:
-        """Answer what a node asks; RunError where it asks nothing. The first answer wins."""
-        if node not in self._questions:
-            raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
-        self._questions.pop(node).set_result(json.loads(to_json(value, "the answer")))
+    async def answer(self, node: str, value: Any, child: str = "") -> None:
+        """Answer what a node, or one of a child run, asks; RunError where it asks nothing. The
+        first answer wins."""
+        asked = f"{child or self.id}/{node}"
+        if asked not in self._questions:
+            raise RunError(f"{asked} does not wait for an answer")
+        self._questions.pop(asked).set_result(json.loads(to_json(value, "the answer")))
 
     def _queue(self, nodes: list[str]) -> None:
         for node in nodes:
@@ -1004,8 +1015,9 @@ class MemoryRun(Run):
 
     async def _wait_for(self, job: str, node: str, park: Park) -> list[Any]:
         if park.question is not None:
-            self._questions[node] = asyncio.get_running_loop().create_future()
-            return [await self._questions[node]]
+            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            self._root._questions[f"{self.id}/{node}"] = answer
+            return [await answer]
         runs: list[MemoryRun] = []
         for i, child in enumerate(park.children):
             flow = self._flow.registry[child.flow]
@@ -1042,7 +1054,8 @@ class MemoryRun(Run):
             self._over.set()
 
     def _tell(self, event: str, **more: Any) -> None:
-        self._root._log.append(event_of(event, self.id, self._flow.id, **more))
+        found = event_of(event, self.id, self._flow.id, **more)
+        self._root._log.append({"at": time.time(), **found})
         if news := self._root._news:
             self._root._news = None
             news.set()
@@ -1553,7 +1566,7 @@ class RedisRun(Run):
             found = await send("XRANGE", self.keys[3], last, "+", "COUNT", 1000)
             for id, fields in found:
                 last = f"({id}"
-                yield json.loads(pairs(fields)["event"])
+                yield {"at": int(id.split("-")[0]) / 1000, **json.loads(pairs(fields)["event"])}
             if not found and status != RUNNING:
                 return
             if not found:

@@ -7,6 +7,7 @@ first. Importing this reads no environment and does not import openai.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import json
 import os
@@ -228,12 +229,18 @@ class Wait(Choice, Templated):
 # The engine retries, and ends what takes too long, so the client does neither.
 
 
-def connect() -> tuple[Any, Any, Any]:
-    """openai, httpx2 and an HTTP client for one call, so that no cookie gets into another.
-    Importing them takes a second, so call it in a thread."""
-    openai = importlib.import_module("openai")
-    client = openai.DefaultAsyncHttpxClient(timeout=None, follow_redirects=False)
-    return openai, importlib.import_module("httpx2"), client
+@functools.cache
+def libraries() -> tuple[Any, Any, Any]:
+    """openai, the httpx2 that it brings, and TLS settings: a second's work, so once, in a thread."""
+    httpx2 = importlib.import_module("httpx2")
+    return importlib.import_module("openai"), httpx2, httpx2.create_ssl_context()
+
+
+async def connect() -> tuple[Any, Any, Any]:
+    """openai, httpx2 and an HTTP client for one call, so that no cookie gets into another."""
+    openai, httpx2, tls = await asyncio.to_thread(libraries)
+    client = openai.DefaultAsyncHttpxClient(verify=tls, timeout=None, follow_redirects=False)
+    return openai, httpx2, client
 
 
 def refused(error: BaseException) -> bool:
@@ -281,7 +288,7 @@ class HttpRequest(Templated):
 
     async def exec(self, prepared: Any) -> Any:
         host, text = urlsplit(prepared["url"]).hostname, ""
-        _, httpx2, client = await asyncio.to_thread(connect)
+        _, httpx2, client = await connect()
         try:
             async with client, client.stream(**prepared) as response:
                 response.raise_for_status()
@@ -334,7 +341,7 @@ class Process(Templated):
         model, url, key = settings()
         if not key:
             raise Permanent(NO_KEY)
-        openai, _, client = await asyncio.to_thread(connect)
+        openai, _, client = await connect()
         server = openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, http_client=client)
         call = {"model": model, "messages": messages, "extra_body": self.data.get("options")}
         try:

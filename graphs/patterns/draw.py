@@ -1,6 +1,6 @@
-"""Redraw README.md: below each link to a graph, its drawing, and what its `expect` says.
+"""Redraw README.md: `python graphs/patterns/draw.py`.
 
-    python graphs/patterns/draw.py
+Below each link to a graph it puts the graph's drawing, and what its `expect` says.
 """
 
 from __future__ import annotations
