@@ -659,7 +659,7 @@ def check_fields(place: str, given: Any, fields: Mapping[str, Field]) -> Iterato
     if not isinstance(given, dict):
         yield place, f"must be an object, not {encode(given):.80}"
         return
-    for name in given.keys() - fields.keys():
+    for name in sorted(given.keys() - fields.keys()):
         yield f"{place}.{name:.80}", f"is not a field here; {nearest(name, fields)}"
     for name, (kind, _, required) in fields.items():
         what, fits = KINDS[kind]
@@ -691,7 +691,7 @@ def check_parts(graph: Any) -> Iterator[Finding]:
             fields = DATA | Registry.types[node["type"]].fields
             yield from check_fields(f"{place}.data", node.get("data", {}), fields)
         else:
-            hint = f"{nearest(node['type'], Registry.types)}; --import adds more"
+            hint = f"{nearest(node['type'], Registry.types)} (--import adds more)"
             yield f"{place}.type", f'there is no node type "{node["type"]:.80}"; {hint}'
     for i, edge in enumerate(edges):
         place = f"$.edges[{i}]"
@@ -973,7 +973,7 @@ class MemoryRun(Run):
         first answer wins."""
         asked = f"{child or self.id}/{node}"
         if asked not in self._questions:
-            raise RunError(f"{asked} does not wait for an answer")
+            raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
         self._questions.pop(asked).set_result(json.loads(to_json(value, "the answer")))
 
     def _queue(self, nodes: list[str]) -> None:
@@ -1381,9 +1381,13 @@ SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)
 # ── 7. Redis: starting and steering runs ─────────────────────────────────────────────────────
 # What a client does. A run carries its graph, so a worker needs node types, but no graph files.
 
-PASSING = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.NoScriptError, OSError)
-PASSING_CODES = re.compile(  # first in the error, or, from inside a script of Redis 6.2, later
-    r"(^|-)(OOM|READONLY|LOADING|BUSY|MASTERDOWN|UNBLOCKED|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|MISCONF)"
+PASSING = (
+    *(exceptions.ConnectionError, exceptions.TimeoutError, exceptions.OutOfMemoryError, OSError),
+    *(exceptions.ReadOnlyError, exceptions.NoScriptError, exceptions.ClusterDownError),
+    exceptions.TryAgainError,
+)
+PASSING_CODES = re.compile(  # that redis-py has no class for, or that come from inside a script
+    r"(^|-)(OOM|READONLY|LOADING|BUSY|MASTERDOWN|UNBLOCKED|TRYAGAIN|NOREPLICAS|MISCONF)"
 )
 
 
@@ -1391,8 +1395,7 @@ def transient(error: BaseException) -> bool:
     """Whether Redis may well answer when it is asked again."""
     if isinstance(error, exceptions.AuthenticationError):
         return False  # although redis-py calls a wrong password a connection error
-    code = f"{getattr(error, 'status_code', None) or ''} {error}".lstrip()
-    return isinstance(error, PASSING) or PASSING_CODES.search(code) is not None
+    return isinstance(error, PASSING) or PASSING_CODES.search(str(error)) is not None
 
 
 def connect(url: str) -> redis.asyncio.Redis:

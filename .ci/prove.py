@@ -608,7 +608,7 @@ def differential(seeds: Iterable[int], workers: int = 2, at_once: int = 40) -> P
 # breaks. Time is virtual: it goes on only when the seed says so.
 
 STEPS = 150  # with faults; then all is healed
-DRAIN = 6000  # steps in which it must come to rest after that
+DRAIN = 40_000  # steps in which it must come to rest after that
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
