@@ -175,7 +175,10 @@ def work(url: str, cells: Any, pause: float, options: dict[str, Any]) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
         await worker.run()
 
-    logging.disable(logging.CRITICAL)
+    if log := os.environ.get("FAULTS_LOG"):
+        logging.basicConfig(filename=log, force=True, format="%(asctime)s %(process)d %(message)s")
+    else:
+        logging.disable(logging.CRITICAL)
     Slow.pause = pause
     asyncio.run(main())
 
@@ -267,6 +270,8 @@ class Proxy:
 
     def strike(self, rng: random.Random, mode: str) -> None:
         """Do this to one of the connections that are well."""
+        if mode == "silent" and any(wire["mode"] == mode for wire in self.wires):
+            return  # that takes five seconds; one at a time
         if wires := [wire for wire in self.wires if not wire["mode"]]:
             wire = rng.choice(wires)
             wire["mode"] = mode
@@ -497,7 +502,7 @@ async def f3(rounds: int, seed: int = 0) -> Figures:
 
 async def f4(cuts: int, seed: int = 0) -> Figures:
     """The network: connections are cut, lose a reply, are slow, fall silent."""
-    async with on_stage(seed, proxied=True) as stage:
+    async with on_stage(seed, proxied=True, lease=3.0) as stage:
         figures = stage.figures
 
         async def harm() -> None:

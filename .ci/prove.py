@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import redis.asyncio
 import redis.exceptions
+from redis._parsers.base import BaseParser
 
 import agentflow
 import graphs.nodes  # noqa: F401, for sub-workflow and map
@@ -150,7 +151,7 @@ class Builder:
         for _ in range(self.rng.choice([1, 1, 1, 2])):  # starts; they may join
             entry, ends = self.block(0)
             if self.rng.random() < 0.5:
-                self.join(ends, last := self.node())
+                self.join(ends, self.node())
         for _ in range(self.rng.randrange(4) if self.wild else 0):
             source, target = self.rng.choices([*self.nodes], k=2)
             actions = {"x": None} | {a: None for s, _, a in self.edges if s == source}
@@ -358,10 +359,7 @@ class Model:
                 active[node] = visit, self.read(node, context) if early else 0
             if not active:
                 break
-            if rank:
-                node = min(active, key=rank.__getitem__)
-            else:
-                node = order.choice([*active])
+            node = min(active, key=rank.__getitem__) if rank else order.choice([*active])
             visit, read = active.pop(node)
             if state.visits.get(node, 1) != visit:
                 raise Wrong(f"the visit of {node} changed while it was active")
@@ -687,6 +685,13 @@ class Waiting:
 
 
 NAMES = {s.digest: name for name, s in vars(agentflow).items() if isinstance(s, Script)}
+REFUSED = [
+    "READONLY You can't write against a read only replica.",
+    "OOM command not allowed when used memory > 'maxmemory'.",
+    "LOADING Redis is loading the dataset in memory",
+    "BUSY Redis is busy running a script.",
+    "MASTERDOWN Link with MASTER is down",
+]
 NET = "net"  # the actor of commands that arrive when their sender has given up
 
 
@@ -724,8 +729,8 @@ class Gate:
         verdict = await self.enter(actor, what)
         if verdict == "lost request":
             raise redis.exceptions.ConnectionError(verdict)
-        if verdict == "read-only":
-            raise redis.exceptions.ReadOnlyError(verdict)
+        if verdict == "refused":  # parsed as from a server
+            raise BaseParser.parse_error(REFUSED[zlib.crc32(what.encode()) % len(REFUSED)])
         if verdict == "late":
             self.spawn(self.arrive_late(args))
             raise redis.exceptions.TimeoutError(verdict)
@@ -775,7 +780,7 @@ class Gate:
 class Story:
     """One seed: a flow, a crew, a client, and what befalls them."""
 
-    VERDICTS = ("lost reply", "lost request", "late", "read-only")
+    VERDICTS = ("lost reply", "lost request", "late", "refused")
 
     def __init__(self, seed: int, flow: Flow, mend: bool, right: Result, gate: Gate) -> None:
         self.flow, self.mend, self.right, self.gate, self.rng = flow, mend, right, gate, gate.rng
@@ -907,7 +912,7 @@ class Story:
     def left(self) -> dict[str, Any]:
         """What there should not be at rest."""
         db, left = self.gate.redis, dict[str, Any]()
-        for name in db.keys(f"{{{self.space}}}:processing:*") + [self.executor.key("ready")]:
+        for name in [*db.keys(f"{{{self.space}}}:processing:*"), self.executor.key("ready")]:
             if jobs := db.lrange(name, 0, -1):
                 left[name] = jobs
         if any(w.actor == NET for w in self.gate.waiting):
@@ -1001,7 +1006,7 @@ def main() -> int:
     parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed (0)")
     parser.add_argument("--count", type=int, default=1000, help="how many seeds (1000)")
     args = parser.parse_args()
-    logging.getLogger("agentflow").setLevel(logging.ERROR)
+    logging.getLogger("agentflow").setLevel(logging.CRITICAL)
     started = time.monotonic()
     figures, failures = PROOFS[args.proof](range(args.first, args.first + args.count))
     seconds = time.monotonic() - started

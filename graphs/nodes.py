@@ -6,20 +6,15 @@ first. Importing this reads no environment and does not import openai.
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import importlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
-from urllib.parse import quote, urlsplit
-
-from dotenv import find_dotenv, load_dotenv
+from urllib.parse import quote
 
 import agentflow
-from agentflow import Child, Context, Field, Flow, Node, Park, Permanent, Registry, TryLater
+from agentflow import Child, Context, Field, Flow, Node, Park, Permanent, Registry
+from graphs import calls
 
 # ── 1. Texts ─────────────────────────────────────────────────────────────────────────────────
 
@@ -69,8 +64,8 @@ class Templated(Node):
         return {field: render(self.data[field], self.values(ctx)) for field in given}
 
     async def rehearse(self, prepared: Any) -> Any:
-        made_up = parse(f'"made-up answer of {self.id}"', self.data.get("parse", "text"))
-        return self.data.get("example", made_up)
+        made_up = f"made-up answer of {self.id}"
+        return self.data.get("example", [made_up] if "parse" in self.data else made_up)
 
 
 class Output(Templated):
@@ -82,6 +77,11 @@ class Output(Templated):
         "returnAction": Field("text", "the action that it answers (default)"),
     }
     rehearse = Node.rehearse  # as it calls nothing
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        action = self.data.get("returnAction", "default")
+        if action not in ("default", *self.actions):
+            yield ".returnAction", f'no edge carries "{action}"'
 
     def writes(self) -> set[str]:
         return {str(self.data.get("outputKey", "final_output"))}
@@ -109,6 +109,10 @@ class Choice(Node):
     def labels(self) -> list[str]:
         """The answers that it can give."""
         return [action for action in self.actions if action not in ("default", "error")]
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        if "limit" in self.data and "otherwise" not in self.data:
+            yield ".limit", "needs `otherwise`: the action past the limit"
 
     def match(self, answer: Any) -> Any:
         """The label that is meant, or the answer: "True." is "true", but "untrue" is not."""
@@ -226,40 +230,13 @@ class Wait(Choice, Templated):
 
 
 # ── 4. HTTP and models ───────────────────────────────────────────────────────────────────────
-# The engine retries, and ends what takes too long, so the client does neither.
+# How a call is made, and which errors are tried again, is in calls.py.
 
-
-@functools.cache
-def libraries() -> tuple[Any, Any, Any]:
-    """openai, the httpx2 that it brings, and TLS settings: a second's work, so once, in a thread."""
-    httpx2 = importlib.import_module("httpx2")
-    return importlib.import_module("openai"), httpx2, httpx2.create_ssl_context()
-
-
-async def connect() -> tuple[Any, Any, Any]:
-    """openai, httpx2 and an HTTP client for one call, so that no cookie gets into another."""
-    openai, httpx2, tls = await asyncio.to_thread(libraries)
-    client = openai.DefaultAsyncHttpxClient(verify=tls, timeout=None, follow_redirects=False)
-    return openai, httpx2, client
-
-
-def refused(error: BaseException) -> bool:
-    """Whether a connection was refused, somewhere in the chain of causes."""
-    causes = [error.__cause__ or error.__context__, *getattr(error, "exceptions", ())]
-    return isinstance(error, ConnectionRefusedError) or any(refused(c) for c in causes if c)
-
-
-def problem(error: Any, text: str) -> Exception:
-    """What to raise for an error of httpx2 or openai: it says whether trying again can help."""
-    response = getattr(error, "response", None)
-    if response is None:
-        return TryLater(f"{text} (refused)") if refused(error) else ConnectionError(text)
-    if getattr(error, "code", "") == "insufficient_quota":  # a 429 that does not pass
-        return Permanent(text)
-    if response.status_code in (429, 503):
-        after = response.headers.get("Retry-After", "")
-        return TryLater(text, float(after) if after.isdecimal() else None)
-    return RuntimeError(text) if response.status_code >= 500 else Permanent(text)
+PROMPT = {
+    "promptTemplate": Field("text", "the prompt, with {{name}} for each input", True),
+    "system": Field("text", "the system message, a template too"),
+    "options": Field("object", "more for the chat-completions call: temperature, ..."),
+}
 
 
 class HttpRequest(Templated):
@@ -287,42 +264,7 @@ class HttpRequest(Templated):
         return {"method": method, "url": url, "headers": headers, "content": body}
 
     async def exec(self, prepared: Any) -> Any:
-        host, text = urlsplit(prepared["url"]).hostname, ""
-        _, httpx2, client = await connect()
-        try:
-            async with client, client.stream(**prepared) as response:
-                response.raise_for_status()
-                async for chunk in response.aiter_text():
-                    text += chunk
-                    if len(text) > agentflow.MAX_VALUE:
-                        raise Permanent(f"{host} answers with more than 1 MiB")
-        except httpx2.HTTPError as error:
-            raise problem(error, f"{host}: {str(error).partition(' for url')[0]}") from None
-        return parse(text, self.data.get("parse", "text"))
-
-
-OPENAI, MODEL = "https://api.openai.com/v1", "gpt-5.6-luna"
-NO_KEY = "no key for the model: set OPENAI_API_KEY, in .env for instance, or use --dry-run"
-PROMPT = {
-    "promptTemplate": Field("text", "the prompt, with {{name}} for each input", True),
-    "system": Field("text", "the system message, a template too"),
-    "options": Field("object", "more for the chat-completions call: temperature, ..."),
-}
-
-
-def settings() -> tuple[str, str, str]:
-    """The model, its base URL and the key, from the environment and .env (here or above)."""
-    load_dotenv(find_dotenv(usecwd=True))
-    url = (os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
-    key = os.environ.get("OPENAI_API_KEY") or ("" if url == OPENAI else "unused")
-    return os.environ.get("OPENAI_MODEL") or MODEL, url, key
-
-
-def model_status() -> str:
-    """Which model will be asked, where, and whether a key is missing; without any secret."""
-    model, url, key = settings()
-    shown = re.sub(r"(?<=//)[^/]*@|\?.*", "", url)
-    return f"model {model} at {shown}" + ("" if key else f"; {NO_KEY}")
+        return parse(await calls.fetch(prepared), self.data.get("parse", "text"))
 
 
 class Process(Templated):
@@ -337,27 +279,8 @@ class Process(Templated):
         return [{"role": roles[f], "content": text} for f, text in texts.items()], ctx.usage
 
     async def ask(self, messages: list[dict[str, str]], usage: dict[str, int]) -> str:
-        """The model's answer; its tokens are added to the usage, in failed attempts too."""
-        model, url, key = settings()
-        if not key:
-            raise Permanent(NO_KEY)
-        openai, _, client = await connect()
-        server = openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, http_client=client)
-        call = {"model": model, "messages": messages, "extra_body": self.data.get("options")}
-        try:
-            async with server:
-                answer = await server.chat.completions.create(**call)
-        except (openai.APIError, json.JSONDecodeError) as error:
-            said = " ".join(str(error).replace(key, "***").split())
-            raise problem(error, f"{model_status()}: {said:.300}") from None
-        for kind in ("prompt_tokens", "completion_tokens"):
-            count = getattr(getattr(answer, "usage", None), kind, None) or 0
-            usage[kind] = usage.get(kind, 0) + count
-        choices = getattr(answer, "choices", None) or [None]
-        text = getattr(getattr(choices[0], "message", None), "content", None)
-        if not text:
-            raise ValueError(f"{model_status()}: it sent no answer")
-        return str(text).strip()
+        """The model's answer."""
+        return await calls.complete(messages, self.data.get("options"), usage)
 
     async def exec(self, prepared: Any) -> Any:
         return parse(await self.ask(*prepared), self.data.get("parse", "text"))
@@ -380,6 +303,7 @@ class Router(Choice, Process):
         return self.match(await self.ask(messages + said, usage))
 
     def check(self) -> Iterator[tuple[str, str]]:
+        yield from super().check()
         labels = {*self.labels()}
         if not labels or not ("default" in self.actions or labels <= {*self.actions}):
             yield "", "needs an edge for each answer, with the answer as its action"
