@@ -1751,7 +1751,7 @@ class Worker:
         taken: list[Any] = []
         try:
             taken.append(await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT"))
-            if taken[0] and room > 1:
+            if taken[0] and room > 1 and not self.stopping:
                 async with self.fetch.pipeline(transaction=False) as pipe:
                     for _ in range(room - 1):
                         pipe.lmove(*ends, "RIGHT", "LEFT")
@@ -1762,7 +1762,7 @@ class Worker:
             await asyncio.sleep(0.2)
         by_run: dict[str, list[str]] = {}
         for job in filter(None, taken):
-            if processing != self.processing:  # we were buried meanwhile
+            if self.stopping or processing != self.processing:  # or we were buried meanwhile
                 await self._give_back(job, processing)
             elif job not in self.held:  # else a resume queued it again
                 self.held[job] = Held()
@@ -1828,8 +1828,8 @@ class Worker:
             self._suspects, self._alone = {}, job
             for other, _ in others:
                 await self._give_back(other, self.processing)
-            if view := self.held[job].view:
-                self._begin(view, job, *work)
+            if (held := self.held.get(job)) and held.view:  # we may have been buried meanwhile
+                self._begin(held.view, job, *work)
 
     def _begin(
         self, view: View, job: str, results: list[Any] | None = None, failure: str = ""
