@@ -42,7 +42,6 @@ Sections: 1 Context, 2 Node, 3 Flow and the one rule, 4 Registry, 5 In memory,
 from __future__ import annotations
 
 import asyncio
-import difflib
 import hashlib
 import json
 import logging
@@ -194,6 +193,9 @@ class Park:
 
     children: list[Child] = field(default_factory=list)
     question: str | None = None
+
+
+Finding = tuple[str, str]  # a place in a graph file, and what is wrong there
 
 
 class Node:
@@ -458,11 +460,15 @@ class Flow:
         busy = self._mask(tokens) & ~returned
         return self.members(self._blockers(node, tokens[node], busy, returned))
 
+    def is_upstream(self, node: str, other: str) -> bool:
+        """Whether a token at the one node keeps one that waits at the other from running."""
+        return bool(self._bit[node] & self._upstream[other])
+
     # What the rule reads, found once, when the flow is built.
 
     def _analyse(self) -> None:
         self._bit = {node: 1 << i for i, node in enumerate(self.nodes)}
-        leads = {node: self._targets_of(node) for node in self.nodes}
+        leads = {node: self.leads_to(node) for node in self.nodes}
         edges = [(source, target) for source in leads for target in leads[source]]
         self.reach = self._upstream_along(edges)
         self.starts = [
@@ -495,7 +501,8 @@ class Flow:
             upstream = self._upstream_along(kept)
             self._upstream |= {n: upstream[n] for n in self.nodes if self._heads[n] == heads}
 
-    def _targets_of(self, node: str) -> list[str]:
+    def leads_to(self, node: str) -> list[str]:
+        """The targets of a node's edges, each once."""
         return [*dict.fromkeys(t for targets in self.targets[node].values() for t in targets)]
 
     def _mask(self, nodes: Iterable[str]) -> int:
@@ -555,190 +562,14 @@ class Flow:
                 needs |= set() if given.intersection(keys) else {keys[0]}
         return needs
 
-    def children(self, certain: bool = False) -> list[str]:
-        """The flows that it runs as children; if `certain`, those that no choice avoids."""
-        nodes = [*self.starts] if certain else [*self.nodes]
-        for node in nodes if certain else ():
-            if len(self.targets[node].keys() - {ERROR}) == 1:
-                nodes += [target for target in self._targets_of(node) if target not in nodes]
-        runs = [run for node in nodes for run in self.nodes[node].runs().items()]
-        return sorted({flow for flow, always in runs if always or not certain})
-
-    def one_token_in(self, loop: Loop) -> bool:
-        """Whether only one token can ever be in a loop, which may then be entered anywhere."""
-        leads = {*loop.members, *self.members(self.reach[loop.head])}
-        forks = [targets for node in leads for targets in self.targets[node].values()]
-        return len(self.starts) == 1 and all(len(leads.intersection(ts)) < 2 for ts in forks)
-
-    def may_overlap(self, one: str, other: str) -> bool:
-        """Whether two nodes may be active at the same time: neither is upstream of the other, and
-        no node chooses between them."""
-        if (self._bit[one] & self._upstream[other]) or (self._bit[other] & self._upstream[one]):
-            return False
-        return not any(
-            self._chooses(n, {one, other}) for n in self.nodes if len(self.targets[n]) > 1
-        )
-
-    def _chooses(self, node: str, ends: set[str]) -> bool:
-        """Whether both ends are reached through a node only, and by different actions of it."""
-        if node in ends or ends & self._reached(self.starts, node):
-            return False
-        reached = [self._reached(targets, node) for targets in self._forks(node)]
-        for loop in self.loops:
-            if node in loop.body and ends - loop.body:
-                # One end is behind a loop that the node is in. If its token can be there while the
-                # loop goes on, the other's may come in a later round.
-                inside = [loop.body.intersection(ts) for n in loop.body for ts in self._forks(n)]
-                if any(node in found and ends & found for found in reached) or any(
-                    len(targets) > 1 for targets in inside
-                ):
-                    return False
-        return all(len(ends & found) < 2 for found in reached)
-
-    def _forks(self, node: str) -> list[list[str]]:
-        return [*self.targets[node].values()]
-
-    def _reached(self, sources: Iterable[str], stop: str) -> set[str]:
-        """These nodes and what they lead to, without going on behind `stop`."""
-        found: dict[str, None] = dict.fromkeys(sources)
-        for node in (queue := [*found]):
-            if node != stop:
-                queue += [target for target in self._targets_of(node) if target not in found]
-                found |= dict.fromkeys(self._targets_of(node))
-        return {*found}
+    def children(self) -> set[str]:
+        """The flows that its nodes may run as children."""
+        return {flow for node in self.nodes.values() for flow in node.runs()}
 
 
 # ── 4. Registry ──────────────────────────────────────────────────────────────────────────────
-# Which node types there are, and which graphs. A graph is checked before it can run: every
-# finding at once, each with its file, place and mend.
-
-Finding = tuple[str, str]  # the place in the file, and what is wrong there
-
-
-def _texts(value: Any) -> bool:
-    """Whether it is a string, or a list of some, none of them empty."""
-    values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(text, str) and text for text in values)
-
-
-def _safe_id(value: Any) -> bool:
-    return type(value) in (str, int) and SAFE_ID.fullmatch(str(value)) is not None
-
-
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "id": ("1 to 128 letters, digits, dots, dashes or underscores", _safe_id),
-    "text": ("a string that is not empty", lambda v: isinstance(v, str) and v != ""),
-    "inputs": (
-        "an object of name: key, or name: list of keys",
-        lambda v: isinstance(v, dict) and all(map(_texts, v.values())),
-    ),
-    "object": ("an object", lambda v: isinstance(v, dict)),
-    "list": ("a list", lambda v: isinstance(v, list)),
-    "count": ("a whole number from 0 to 1000", lambda v: type(v) is int and 0 <= v <= 1000),
-    "seconds": ("seconds, at most 86400", lambda v: type(v) in (int, float) and 0 < v <= 86400),
-    "any": ("a JSON value", lambda v: True),
-}
-GRAPH = {"nodes": Field("list", required=True), "edges": Field("list")}
-GRAPH |= {"description": Field("text"), "inputs": Field("object"), "expect": Field("object")}
-NODE = {"id": Field("id", required=True), "type": Field("text", required=True)}
-NODE |= {"data": Field("object"), "config": Field("object")}
-EDGE = {"source": Field("id", required=True), "target": Field("id", required=True)}
-EDGE |= {"action": Field("text")}
-CONFIG = {"retries": Field("count"), "timeout": Field("seconds")}
-DATA = {"inputs": Field("inputs"), "example": Field("any")}
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the nearest one, else all that there are."""
-    near = difflib.get_close_matches(str(name), known := sorted(known), 1)
-    return f'did you mean "{near[0]}"?' if near else f"there is {', '.join(known) or 'none'}"
-
-
-def check_fields(place: str, given: Any, fields: Mapping[str, Field]) -> Iterator[Finding]:
-    """What is wrong with one object in a graph file, by the table of its fields."""
-    if not isinstance(given, dict):
-        yield place, f"must be an object, not {encode(given):.80}"
-        return
-    for name in sorted(given.keys() - fields.keys()):
-        yield f"{place}.{name:.80}", f"is not a field here; {nearest(name, fields)}"
-    for name, (kind, _, required) in fields.items():
-        what, fits = KINDS[kind]
-        if name in given and not fits(given[name]):
-            yield f"{place}.{name}", f"must be {what}, not {encode(given[name]):.80}"
-        elif required and name not in given:
-            yield f"{place}.{name}", f"is missing; it must be {what}"
-
-
-def check_parts(graph: Any) -> Iterator[Finding]:
-    """What is wrong with a graph's parts, each by itself; without findings, Flow can be built."""
-    if bad := [*check_fields("$", graph, GRAPH)]:
-        yield from bad
-        return
-    nodes, edges = graph["nodes"], graph.get("edges", [])
-    if not 1 <= len(nodes) <= MAX_NODES or len(edges) > 5 * MAX_NODES:
-        yield "$.nodes", f"must be 1 to {MAX_NODES}, with at most {5 * MAX_NODES} edges"
-    ids: set[str] = set()
-    for i, node in enumerate(nodes):
-        place = f"$.nodes[{i}]"
-        if bad := [*check_fields(place, node, NODE)]:
-            yield from bad
-            continue
-        if str(node["id"]) in ids:
-            yield f"{place}.id", f'"{node["id"]}" is the id of another node, too; choose a new one'
-        ids.add(str(node["id"]))
-        yield from check_fields(f"{place}.config", node.get("config", {}), CONFIG)
-        if node["type"] in Registry.types:
-            fields = DATA | Registry.types[node["type"]].fields
-            yield from check_fields(f"{place}.data", node.get("data", {}), fields)
-        else:
-            hint = f"{nearest(node['type'], Registry.types)} (--import adds more)"
-            yield f"{place}.type", f'there is no node type "{node["type"]:.80}"; {hint}'
-    for i, edge in enumerate(edges):
-        place = f"$.edges[{i}]"
-        bad = [*check_fields(place, edge, EDGE)]
-        yield from bad
-        for end in () if bad else ("source", "target"):
-            if str(edge[end]) not in ids:
-                yield f"{place}.{end}", f'"{edge[end]}" is not a node; {nearest(edge[end], ids)}'
-
-
-def check_flow(flow: Flow) -> Iterator[Finding]:
-    """What is wrong with a flow as a whole."""
-    places = {node: f"$.nodes[{i}]" for i, node in enumerate(flow.nodes)}
-    users: dict[str, list[Node]] = {}
-    for node in flow.nodes.values():
-        data = f"{places[node.id]}.data"
-        for name in node.names():
-            if name not in node.inputs:
-                yield data, f'"{name}" is not among its inputs; {nearest(name, node.inputs)}'
-        for action in {str(node.data.get("otherwise", DEFAULT))} - {DEFAULT, *node.actions}:
-            yield (
-                f"{data}.otherwise",
-                f'no edge carries "{action}"; {nearest(action, node.actions)}',
-            )
-        for child in node.runs():
-            if child not in flow.registry:
-                yield f"{data}.workflowId", f'no flow "{child}"; {nearest(child, flow.registry)}'
-        yield from ((f"{data}{place}", text) for place, text in node.check())
-        for key in node.reads() | node.writes():
-            users.setdefault(key, []).append(node)
-    for loop in flow.loops:
-        inside = [targets for node in loop.members for targets in flow.targets[node].values()]
-        if all(DEFAULT in flow.targets[node] for node in loop.members) and all(
-            loop.members.intersection(targets) for targets in inside
-        ):
-            yield places[loop.head], f'the loop of "{loop.head}" has no way out; give it one'
-        for i, edge in enumerate(flow.graph.get("edges", [])):
-            ends = (str(edge["source"]), str(edge["target"]))
-            if ends in loop.entries and not flow.one_token_in(loop):
-                where = f'the loop of "{loop.head}" elsewhere than at its head'
-                mend = f'let it lead to a node of its own instead of "{ends[1]}"'
-                yield f"$.edges[{i}]", f'"{ends[0]}" leads into {where}; {mend}'
-    for key, nodes in users.items():
-        for one, other in ((a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :]):
-            if key in one.writes() | other.writes() and flow.may_overlap(one.id, other.id):
-                both = f'"{one.id}" and "{other.id}" may run at the same time, and one writes'
-                yield places[other.id], f'{both} the key "{key}", which the other one uses (I4)'
+# Which node types there are, and which graphs. What may stand in a graph file, and that no two
+# nodes of a graph can get into each other's way (I4), is checked by graphs/check.py.
 
 
 def parse_json(text: str) -> Any:
@@ -760,10 +591,11 @@ def parse_json(text: str) -> Any:
 
 
 class Registry(Mapping[str, Flow]):
-    """Flows by id, each built and checked, with its sub-flows, when it is first asked for; that
-    raises GraphError, with every finding, where a flow cannot run."""
+    """Flows by id, each checked and built when it is first asked for; GraphError, with every
+    finding, where a flow, or one that it runs as a child, cannot run."""
 
     types: ClassVar[dict[str, type[Node]]] = {}
+    checks: ClassVar[list[Callable[[Registry, str], list[str]]]] = []  # each gives its findings
 
     @classmethod
     def add(cls, name: str, node_type: type[Node]) -> None:
@@ -799,31 +631,10 @@ class Registry(Mapping[str, Flow]):
 
     def __getitem__(self, id: str) -> Flow:
         if id not in self._flows:
-            self._build(id)
+            if findings := [text for check in self.checks for text in check(self, id)]:
+                raise GraphError(findings)
+            self._flows[id] = Flow(id, self.graphs[id], self)
         return self._flows[id]
-
-    def _build(self, id: str) -> None:
-        findings: list[tuple[str, Finding]] = []
-        flows: dict[str, Flow] = {}
-        for flow_id in (wanted := [id]):
-            graph = self.graphs.get(flow_id, KeyError(f"no such file; {nearest(flow_id, self)}"))
-            if isinstance(graph, Exception):
-                findings.append((flow_id, ("$", f"cannot be read as JSON: {graph}")))
-            elif bad := [*check_parts(graph)]:
-                findings += [(flow_id, finding) for finding in bad]
-            else:
-                flow = flows[flow_id] = Flow(flow_id, graph, self)
-                findings += [(flow_id, finding) for finding in check_flow(flow)]
-                wanted += [c for c in flow.children() if c in self and c not in wanted]
-        for flow_id in flows:
-            for child in (certain := [flow_id]):
-                more = flows[child].children(certain=True) if child in flows else []
-                certain += [c for c in more if c not in certain[1:]]
-            if flow_id in certain[1:]:
-                findings.append((flow_id, ("$", "it runs itself for ever; let a node choose")))
-        if findings:
-            raise GraphError([f"{self.folder}{f}.json: {place}: {t}" for f, (place, t) in findings])
-        self._flows |= flows
 
     def bundle(self, id: str) -> tuple[str, str]:
         """What a run carries: the JSON of a flow's graph and its sub-flows', and its SHA-256."""

@@ -1077,7 +1077,7 @@ async def has_key(run: Run, key: str) -> bool:
 ID = "must be 1 to 128 letters, digits, dots, dashes or underscores"
 TEXT = {"type": "output", "promptTemplate": "x"}
 SWITCH = {"type": "switch", "inputs": {"value": "x"}}
-PUR = '$.nodes[0].type: there is no node type "pur"; did you mean "pure"?; --import adds more'
+PUR = '$.nodes[0].type: there is no node type "pur"; did you mean "pure"? (--import adds more)'
 NODE_A = {"id": "a", "type": "pure"}
 
 # Each with its findings, after the file's name.
@@ -1150,7 +1150,8 @@ BAD_GRAPHS: dict[str, tuple[Any, list[str]]] = {
     "inputs as a list": (
         graph("a", a={"inputs": ["x"]}),
         [
-            '$.nodes[0].data.inputs: must be an object of name: key, or name: list of keys, not ["x"]'
+            "$.nodes[0].data.inputs: must be an object of name: key, or name: list of keys, "
+            'not ["x"]'
         ],
     ),
     "a missing sub-workflow": (
@@ -1737,7 +1738,7 @@ async def test_a_late_failure_of_a_job_that_another_worker_has_changes_nothing(
     space: Space, gate: Path, tmp_path: Path
 ) -> None:
     gated = flow("a -> b", a={"gate": str(gate), "broken": str(tmp_path / "mended")})
-    slow = space.worker(lease=0.3, beat=60)
+    slow = space.worker(lease=0.3, beat=3)
     run = await gated.run({}, space.executor)
     await wait_until(lambda: begun(gate, "a"))
     other = space.process()
@@ -1749,7 +1750,6 @@ async def test_a_late_failure_of_a_job_that_another_worker_has_changes_nothing(
     (tmp_path / "mended").touch()
     other.send(signal.SIGCONT)
 
-    slow.beat = 0
     assert (await end_of(run)).meaning == (await in_memory(gated)).meaning
 
 
@@ -1908,7 +1908,7 @@ async def test_a_cancelled_run_cannot_be_steered(space: Space) -> None:
 async def test_what_a_cancelled_runs_nodes_still_finish_is_not_kept(
     space: Space, gate: Path
 ) -> None:
-    worker = space.worker(beat=60)  # so that it hears of it at its commit
+    worker = space.worker(beat=1.5)  # so that it hears of it at its commit
     run = await flow("a -> b", a={"gate": str(gate)}).run({}, space.executor)
     await wait_until(lambda: begun(gate, "a"))
 
@@ -1917,7 +1917,6 @@ async def test_what_a_cancelled_runs_nodes_still_finish_is_not_kept(
     await wait_until(lambda: not worker.held)
 
     assert (await run.status()).context == {} and worker.counts["done"] == 0
-    worker.beat = 0
 
 
 async def test_a_resumed_run_repeats_nothing_that_was_committed(
@@ -2117,7 +2116,7 @@ def test_an_outage_may_pass_and_a_bug_may_not() -> None:
 
 
 def uses(text: str, helpers: dict[str, str]) -> tuple[set[str], set[str]]:
-    """The fields of `a` that a script reads, itself or in a helper; and those that may be absent."""
+    """The fields of `a` that a script or its helpers read; and those of them that may be absent."""
     calls = [name for name in re.findall(r"(\w+)\(", text) if name in helpers]
     reads = {*re.findall(r"\ba\.(\w+)", text)}
     absent = {*re.findall(r"if a\.(\w+) then|\ba\.(\w+) or ''", text)}

@@ -57,6 +57,7 @@ from agentflow import (
     Script,
     Worker,
 )
+from graphs.check import may_overlap
 
 Graph = dict[str, Any]
 Proved = tuple[Counter[str], dict[int, str]]  # figures, and what is wrong with which seed
@@ -298,7 +299,7 @@ def add_inputs(rng: random.Random, graph: Graph) -> None:
     writers: dict[str, list[str]] = {node["id"]: [node["id"]] for node in bare}
 
     def free(node: str, key: str) -> bool:
-        return not any(flow.may_overlap(node, other) for other in writers[key] if other != node)
+        return not any(may_overlap(flow, node, other) for other in writers[key] if other != node)
 
     pure = [node for node in graph["nodes"] if node["type"] == "pure"]
     for node in pure:
@@ -685,7 +686,7 @@ class Waiting:
 
 
 NAMES = {s.digest: name for name, s in vars(agentflow).items() if isinstance(s, Script)}
-REFUSED = [
+ERRORS = [
     "READONLY You can't write against a read only replica.",
     "OOM command not allowed when used memory > 'maxmemory'.",
     "LOADING Redis is loading the dataset in memory",
@@ -729,8 +730,8 @@ class Gate:
         verdict = await self.enter(actor, what)
         if verdict == "lost request":
             raise redis.exceptions.ConnectionError(verdict)
-        if verdict == "refused":  # parsed as from a server
-            raise BaseParser.parse_error(REFUSED[zlib.crc32(what.encode()) % len(REFUSED)])
+        if verdict == "error reply":  # parsed as from a server
+            raise BaseParser.parse_error(ERRORS[zlib.crc32(what.encode()) % len(ERRORS)])
         if verdict == "late":
             self.spawn(self.arrive_late(args))
             raise redis.exceptions.TimeoutError(verdict)
@@ -780,7 +781,7 @@ class Gate:
 class Story:
     """One seed: a flow, a crew, a client, and what befalls them."""
 
-    VERDICTS = ("lost reply", "lost request", "late", "refused")
+    VERDICTS = ("lost reply", "lost request", "late", "error reply")
 
     def __init__(self, seed: int, flow: Flow, mend: bool, right: Result, gate: Gate) -> None:
         self.flow, self.mend, self.right, self.gate, self.rng = flow, mend, right, gate, gate.rng

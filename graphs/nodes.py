@@ -15,13 +15,14 @@ from urllib.parse import quote
 import agentflow
 from agentflow import Child, Context, Field, Flow, Node, Park, Permanent, Registry
 from graphs import calls
+from graphs.check import KINDS, check_parts
 
 # ── 1. Texts ─────────────────────────────────────────────────────────────────────────────────
 
 NAME = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
 BULLET = re.compile(r"^\s*([-*•]|\d+[.)])\s+")
 PARSE = {"parse": Field("parse", "what to make of the answer: text (default), lines or json")}
-agentflow.KINDS["parse"] = ("text, lines or json", ("text", "lines", "json").__contains__)
+KINDS["parse"] = ("text, lines or json", ("text", "lines", "json").__contains__)
 
 
 def as_text(value: Any) -> str:
@@ -167,7 +168,7 @@ class SubWorkflow(Node):
         above = self.flow.id.split("/")[1:]  # a flow that runs itself is looked into only once
         if "inputs" in self.data or self.child in above or not isinstance(graph, dict):
             return []
-        if any(agentflow.check_parts(graph)):  # told where the child itself is checked
+        if any(check_parts(graph)):  # told where the child itself is checked
             return []
         child = Flow(f"{self.flow.id}/{self.child}", graph, self.flow.registry)
         return sorted(child.needs | child.inputs.keys())
