@@ -953,7 +953,7 @@ end
 -- A child's end, or a person's answer, is noted once. It queues the job if that is parked and now
 -- has something to read: all that it waits for, or a failure.
 local function tell(run, parked, job, index, status)
-  if call('EXISTS', run) == 0 then return 0 end
+  if call('HEXISTS', parked, job) == 0 then return 0 end  -- nobody waits for it any more
   if call('HSETNX', parked, job .. ' ' .. index, a.told) == 0 then return 0 end
   call('HSET', run, 'version', a.version)
   local left = call('HINCRBY', parked, job .. ' left', -1)
@@ -1213,7 +1213,7 @@ def connect(url: str) -> redis.asyncio.Redis:
     """A client that never sends a command again by itself: with BLMOVE that would lose a job."""
     never = Retry(NoBackoff(), 0)
     return redis.asyncio.Redis.from_url(
-        url, decode_responses=True, retry=never, socket_timeout=5, socket_connect_timeout=5
+        url, decode_responses=True, retry=never, socket_timeout=3, socket_connect_timeout=3
     )
 
 
@@ -1856,8 +1856,10 @@ class Worker:
 
     async def _watch(self) -> None:
         """Stop working on runs that were cancelled."""
-        for view in [*self._views.values()]:
-            if await self.send("HGET", view.keys[0], "status") == CANCELLED:
+        views = [*self._views.values()]
+        replies = [self.send("HGET", view.keys[0], "status") for view in views]
+        for view, reply in zip(views, replies, strict=True):
+            if await reply == CANCELLED:
                 view.phase = CANCELLED
                 for job in [j for j, held in self.held.items() if held.view is view and held.task]:
                     await self._let_go(view, job)

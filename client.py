@@ -1,5 +1,9 @@
 """Start runs of the graphs, follow them, steer them, and see why one does not move.
 
+    --usecase NAME     starts a run of NAME.json: --wait, --local, --dry-run, --input; --draw
+    --run ID           --status, --wait, --explain, --draw, --cancel, --resume, --answer NODE=VALUE
+    --input KEY=VALUE  is JSON if it parses, else text; KEY=@FILE reads a file
+
 Results go to stdout, all else to stderr. Exit code: 0 completed or queued, 1 failed or cancelled,
 2 bad input or nothing reachable, 130 Ctrl-C. What could steer a terminal is escaped; in a result
 only on a terminal, newlines and tabs excepted.
@@ -9,33 +13,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-from agentflow import CANCELLED, COMPLETED, DEFAULT, FAILED, RETURNED, RUNNING, WAITING
-from agentflow import Context, Event, Flow, GraphError, MemoryRun, RedisExecutor, RedisRun
-from agentflow import Registry, Run, RunError, pairs, parse_json
-from graphs.check import nearest
+import agentflow as af
+from agentflow import Event, Flow, GraphError, RedisExecutor, RedisRun, Registry, Run, RunError
 
+MARKS = ("waiting", "returned")  # of tokens that are not active
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-FILLS = {"done": "#d5f5d5", "active": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
-MENDS = {  # by what Redis says; the last one where nothing fits
-    "unknown command": "it is too old; use Redis 6.2 or newer, or valkey",
-    "username|password|authenticat": "name both with --redis redis://USER:PASSWORD@HOST:PORT",
-    "permission": "its ACL must let this user do more; the README has the rule",
-    "read.only": "name the primary instead with --redis URL",
-    "": "start redis-server, or name another with --redis URL",
-}
+FILLS = {"done": "#d5f5d5", "running": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
+NEEDED = (
+    "start a redis-server (6.2 or newer) here, or name one that can be written to with --redis "
+    "redis://[USER:PASSWORD@]HOST[:PORT][/DB]; --local needs none, --local --dry-run no key either"
+)
 
 
 def escape(text: object, keep: str = "") -> str:
@@ -49,9 +50,9 @@ def public(url: str) -> str:
 
 
 def say(text: object) -> None:
-    """Print a line on stderr."""
+    """Print lines on stderr."""
     if sys.stderr:
-        print(escape(text), file=sys.stderr, flush=True)
+        print(escape(text, "\n"), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
@@ -62,77 +63,54 @@ def show(text: str) -> None:
 
 def line_of(event: Event, root: str) -> str:
     """An event in a line: time, node, what, and the rest by name; of a child also its flow."""
-    node = event.get("node", "")
+    rest = {"node": "", **event, **event.get("usage", {})}
+    at, what, node = time.ctime(rest.pop("at"))[11:19], rest.pop("event"), rest.pop("node")
     where = node if event["run"] == root else f"{event['flow']}/{node}"
-    rest = {k: v for k, v in event.items() if k not in ("at", "event", "run", "flow", "node")}
-    rest |= rest.pop("usage", {})
-    more = "  ".join(f"{name} {value}" for name, value in rest.items())
-    return escape(
-        f"{time.ctime(event['at'])[11:19]}  {where:<28} {event['event']:<10} {more}".rstrip()
-    )
+    hidden = ("run", "flow", "usage", "question")
+    more = "".join(f"  {name} {value}" for name, value in rest.items() if name not in hidden)
+    return escape(f"{at}  {where:<28} {what:<10}{more}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; ends with exit code 2 and a line that says why where it makes no sense."""
-    parser = argparse.ArgumentParser("client.py", description=__doc__, allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
-    how = parser.add_mutually_exclusive_group()
-    flag, many = {"action": "store_true"}, {"action": "append", "default": []}
-    what.add_argument("--usecase", metavar="NAME", help="start a run of NAME.json, and go")
-    what.add_argument("--run", metavar="ID", help="look at a run, or steer it")
-    what.add_argument("--list", help="the use cases", **flag)
-    what.add_argument("--runs", help="the recent runs", **flag)
-    what.add_argument("--workers", help="who works, at what, and what waits", **flag)
-    how.add_argument("--status", help="what has happened in the run", **flag)
-    how.add_argument("--explain", help="where each token of the run is, and why", **flag)
-    how.add_argument("--draw", help="Mermaid of the use case, or of the run by state", **flag)
-    how.add_argument("--cancel", help="end the run for good", **flag)
-    how.add_argument("--resume", help="go on from where the run failed", **flag)
-    how.add_argument("--answer", metavar="NODE=VALUE", help="answer what a node asks")
-    text = "an input; VALUE is JSON if it parses, else text; KEY=@FILE reads a file"
-    parser.add_argument("--input", metavar="KEY=VALUE", help=text, **many)
-    parser.add_argument("--wait", help="follow the run, and print its result", **flag)
-    parser.add_argument("--local", help="run it in this process, without Redis", **flag)
-    parser.add_argument("--dry-run", help="take examples for answers: no key, no network", **flag)
-    parser.add_argument("--json", help="the result, and all about it, as JSON", **flag)
-    parser.add_argument(
-        "--graphs", metavar="DIR", default=Path(__file__).resolve().parent / "graphs"
-    )
-    parser.add_argument("--redis", metavar="URL", help="REDIS_URL, else redis://localhost:6379")
-    parser.add_argument("--import", metavar="MODULE", help="more node types", **many)
+    usage = "client.py --usecase NAME | --run ID | --list | --runs | --workers  (see --help)"
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("client.py", usage, __doc__, formatter_class=raw)
+    for name in "usecase run answer graphs redis".split():
+        parser.add_argument(f"--{name}")
+    for name in "input import".split():
+        parser.add_argument(f"--{name}", action="append", default=[])
+    for (
+        name
+    ) in "list runs workers status explain draw cancel resume wait local dry-run json".split():
+        parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args(argv)
-    if not args.run and (args.status or args.explain or args.cancel or args.resume or args.answer):
+    args.acts = args.explain or args.cancel or args.resume or args.answer
+    if sum(map(bool, (args.usecase, args.run, args.list, args.runs, args.workers))) != 1:
+        parser.error("give one of --usecase NAME, --run ID, --list, --runs, --workers")
+    if not args.run and (args.acts or args.status):
         parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
-    if not args.usecase and (args.local or args.dry_run or args.input and not args.resume):
+    if not args.usecase and (args.local or args.dry_run or (args.input and not args.resume)):
         parser.error("--local, --dry-run and --input go with --usecase NAME")
     return args
 
 
-def as_json(text: str) -> Any:
-    """The value of a JSON text; of any other the text itself."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return text
-
-
-def values(flag: str, given: list[str]) -> dict[str, Any]:
+def values(flag: str, given: Iterable[str]) -> dict[str, Any]:
     """What KEY=VALUE and KEY=@FILE give; RunError, with every finding."""
-    found: dict[str, Any] = {}
-    findings: list[str] = []
-    for text in given:
-        key, equals, value = text.partition("=")
+    found, findings = af.Context({}), list[str]()
+    for key, equals, text in (item.partition("=") for item in given):
         try:
             if not equals:
-                raise ValueError("it must be like KEY=VALUE or KEY=@FILE")
-            if value.startswith("@"):
-                value = Path(value[1:]).read_text("utf-8")
-            Context({})[key] = found[key] = as_json(value)
+                raise ValueError("must be like KEY=VALUE or KEY=@FILE")
+            value = Path(text[1:]).read_text("utf-8") if text.startswith("@") else text
+            with contextlib.suppress(ValueError):  # it is text
+                value = af.parse_json(value)
+            found[key] = value
         except (OSError, ValueError) as error:
             findings.append(f"{flag} {key}: {error}")
     if findings:
         raise RunError("\n".join(findings))
-    return found
+    return {key: json.loads(text) for key, text in found.changes.items()}
 
 
 def set_up(args: argparse.Namespace) -> None:
@@ -153,34 +131,31 @@ async def reach(url: str) -> RedisExecutor:
     try:
         executor = RedisExecutor(url)
         await executor.open()
-        return executor
     except ValueError:  # its text may hold a part of a password
-        raise RunError("--redis must be like redis://[:PASSWORD@]HOST[:PORT][/DB]") from None
+        raise RunError(f"--redis is not the URL of a Redis; {NEEDED}") from None
     except (RedisError, OSError) as error:
-        mend = next(MENDS[said] for said in MENDS if re.search(said, str(error).lower()))
-        less = "--local needs no Redis, --local --dry-run nothing at all"
-        raise RunError(f"Redis at {public(url)}: {error}; {mend}; {less}") from None
+        raise RunError(f"Redis at {public(url)}: {error}; {NEEDED}") from None
+    return executor
 
 
 async def start(args: argparse.Namespace) -> int:
     """Start a run of a use case; what is wrong with it is found before Redis is asked."""
-    registry = Registry.load(args.graphs)
-    for id, graph in registry.graphs.items() if args.list else ():
-        show(f"{id:<24} {graph.get('description', '') if isinstance(graph, dict) else graph}")
+    registry = Registry.load(args.graphs or Path(__file__).resolve().parent / "graphs")
     if args.list:
+        for id, graph in registry.graphs.items():
+            show(f"{id:<24} {graph.get('description', '') if isinstance(graph, dict) else graph}")
         return 0
     if args.usecase not in registry:
-        raise RunError(f'no use case "{args.usecase}"; there is {", ".join(registry)}')
+        raise RunError(f'no use case "{args.usecase}"; there is {", ".join(registry) or "none"}')
     flow, inputs = registry[args.usecase], values("--input", args.input)
     if args.draw:
         show(mermaid(flow, {}))
         return 0
-    known = flow.inputs.keys() | {key for node in flow.nodes.values() for key in node.reads()}
-    for key in inputs.keys() - known:
-        say(f'--input {key}: no node of "{flow.id}" reads it; {nearest(key, known)}')
+    known = set(flow.inputs).union(*(node.reads() for node in flow.nodes.values()))
+    for key in sorted(inputs.keys() - known):
+        say(f'--input {key}: no node of "{flow.id}" reads it; {af.nearest(key, known)}')
     flow.begin(inputs)
-    executor = None if args.local else await reach(args.redis)
-    run = await flow.run(inputs, executor, args.dry_run)
+    run = await flow.run(inputs, None if args.local else await reach(args.redis), args.dry_run)
     if args.local or args.wait or args.json:
         return await follow(args, run)
     show(run.id)
@@ -188,65 +163,61 @@ async def start(args: argparse.Namespace) -> int:
     return 0
 
 
-async def follow(args: argparse.Namespace, run: Run) -> int:
-    """Print a run's events until it has ended, then its result; gives the exit code."""
-    if isinstance(run, RedisRun):
+async def follow(args: argparse.Namespace, run: Run, wait: bool = True) -> int:
+    """Print a run's events, to its end or so far, and what came of it; gives the exit code."""
+    out = say if wait or args.json else show
+    if wait and isinstance(run, RedisRun):
         await look(run.executor)
     try:
-        async for event in run.events():
-            question = event.get("question", "")
-            say(line_of(event, run.id))
-            for line in question.splitlines():
-                say(f"          | {line}")
-            if question and isinstance(run, MemoryRun):
+        async for event in run.events() if wait else recorded(run):
+            out(line_of(event, run.id))
+            if question := event.get("question"):
+                out("    | " + question.replace("\n", "\n    | "))
+            if question and isinstance(run, af.MemoryRun):
                 await run.answer(event["node"], await ask(), event["run"])
-            elif question:
-                what = f"--run {event['run']} --answer {event['node']}=VALUE{args.at}"
-                say(f"to answer, type: python client.py {what}")
+            elif question and wait:
+                say(f"to answer, type: {answer(event['run'], event['node'])}{args.at}")
     except asyncio.CancelledError:
         more = f"goes on; to follow it, type: python client.py --run {run.id} --wait{args.at}"
         say(f"run {run.id} {'ends here' if args.local else more}")
         raise
-    return await report(args, run)
-
-
-async def report(args: argparse.Namespace, run: Run) -> int:
-    """Print the result of a run, or with --json all about it; gives the exit code."""
     status = await run.status()
+    out(f"run {run.id} of {status.flow} is {status.status}; tokens used: {status.usage}")
     if args.json:
         show(json.dumps({k: v for k, v in vars(status).items() if k != "tokens"}, indent=2))
-    elif status.status == COMPLETED and isinstance(status.result, str):
-        show(status.result)
-    elif status.status == COMPLETED:
-        show(json.dumps(status.result, indent=2, ensure_ascii=False))
-    elif status.status == FAILED and not args.local:
-        say(f"to go on, type: python client.py --run {run.id} --resume --wait{args.at}")
-    return int(status.status in (FAILED, CANCELLED))
+    elif wait and status.status == af.COMPLETED:
+        text = status.result
+        show(text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False))
+    return int(status.status in (af.FAILED, af.CANCELLED))
 
 
 async def ask() -> Any:
     """A person's answer, from the terminal; RunError without one."""
-    while sys.stdin and sys.stdin.isatty():
+    typed, loop = asyncio.Event(), asyncio.get_running_loop()
+    if sys.stdin and sys.stdin.isatty():
         say("your answer:")
-        typed = asyncio.Event()  # no thread: that would survive Ctrl-C
-        asyncio.get_running_loop().add_reader(0, typed.set)
+        loop.add_reader(0, typed.set)  # no thread: that would survive Ctrl-C
         await typed.wait()
-        asyncio.get_running_loop().remove_reader(0)
-        if not (line := os.read(0, 65536)):
-            break
-        if text := line.decode(errors="replace").strip():
-            return as_json(text)
+        loop.remove_reader(0)
+        if text := os.read(0, 65536).decode(errors="replace").strip():
+            return values("the answer", [f"it={text}"])["it"]
     raise RunError("a person is asked, and nobody answers here; use Redis, or --dry-run")
 
 
 async def steer(args: argparse.Namespace) -> int:
     """Look at a run that exists, or change its course; gives the exit code."""
     run = await (await reach(args.redis)).find(args.run)
-    if args.draw:
-        show(await draw(run))
-    elif args.explain:
-        last = {(event["run"], event.get("node")): event for event in await recorded(run)}
-        show("\n".join(map(escape, await explain(run, last, args.at))))
+    events = [event async for event in recorded(run)]
+    if args.explain:
+        last = {(event["run"], event.get("node", "")): event for event in events}
+        show(escape("\n".join(await explain(run, last, args.at)), "\n"))
+    elif args.draw:
+        status = await run.status()
+        states = {e["node"]: "done" for e in events if e["event"] == "done" and e["run"] == run.id}
+        states |= {n: "waiting" if m in MARKS else "running" for n, m in status.tokens.items()}
+        failed = re.match('node "(.*?)"', status.error)
+        states |= {failed[1]: "failed"} if failed else {}
+        show(mermaid(await flow_of(run), states))
     elif args.cancel:
         await run.cancel()
         say(f"run {run.id} is cancelled")
@@ -256,119 +227,93 @@ async def steer(args: argparse.Namespace) -> int:
     elif args.answer:
         for node, value in values("--answer", [args.answer]).items():
             await run.answer(node, value)
-            say(f"run {run.id}: {node} has its answer")
-    elif args.json and not args.wait:
-        return await report(args, run)
-    elif not args.wait:
-        events, status = await recorded(run), await run.status()
-        for event in events:
-            show(line_of(event, run.id))
-        used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items()) or "none"
-        took = f"{events[-1]['at'] - events[0]['at']:.1f} s"
-        show(f"run {run.id} of {status.flow} is {status.status}; {took}; tokens used: {used}")
-        return int(status.status in (FAILED, CANCELLED))
-    return await follow(args, run) if args.wait else 0
+        say(f"run {run.id} has the answer")
+    return await follow(args, run, args.wait) if args.wait or not args.acts and not args.draw else 0
 
 
-async def look(executor: RedisExecutor, run: str = "") -> tuple[dict[str, str], Any, Any]:
-    """At one instant: where each job is that a worker has or, of this run, that is queued; the
-    run's hash; and what its jobs wait for. Says so if no worker is alive."""
-    key, ready = executor.key, executor.key("ready")
-    names = [key("run", run), key("workers"), key("buried")]
-    jobs: list[str] = []
-    workers: list[str] = []
-
-    async def read(pipe: Any) -> None:
-        tokens = json.loads(await pipe.hget(names[0], "tokens") or "{}")
-        jobs[:] = [f"{run}/{node}/{mark}" for node, mark in tokens.items()]
-        workers[:] = [worker for name in names[1:] for worker in await pipe.zrange(name, 0, -1)]
-        pipe.multi()
-        pipe.hgetall(names[0]).hgetall(key("run", run, "parked")).llen(ready).lindex(ready, -1)
-        for job in jobs:
-            pipe.lpos(ready, job)
-        for worker in workers:
+async def look(executor: RedisExecutor, jobs: Collection[str] = ()) -> dict[str, str]:
+    """Who is alive, and where each job is that a worker has or, of these, that is queued."""
+    send, key, ready, found = executor.send, executor.key, executor.key("ready"), dict[str, str]()
+    crew = [w for name in ("workers", "buried") for w in await send("ZRANGE", key(name), 0, -1)]
+    async with executor.link.client.pipeline() as pipe:  # all at one instant
+        pipe.llen(ready).lindex(ready, -1)
+        for worker in crew:
             pipe.get(key("worker", worker)).pttl(key("worker", worker))
             pipe.lrange(key("processing", worker), 0, -1)
-
-    hash, parked, depth, oldest, *rest = await executor.link.client.transaction(read, *names)
-    places, found = dict[str, str](), iter(rest[len(jobs) :])
-    for worker, beat, left, held in zip(workers, found, found, found, strict=True):
-        age, since = f"(heartbeat {6 - left / 1000:.0f} s ago)", json.loads(beat or "{}")
+        for job in jobs:
+            pipe.lpos(ready, job)
+        depth, oldest, *replies = await pipe.execute()
+    rest = iter(replies)
+    for worker, beat, left, held in zip(crew, rest, rest, rest, strict=False):
+        since, age = json.loads(beat or "{}"), f"(heartbeat {6 - left / 1000:.0f} s ago)"
         if beat:
-            places[f"worker {worker}"] = f"is alive and has {len(held)} jobs {age}"
+            found[f"worker {worker}"] = f"lives and has {len(held)} jobs {age}"
         for job in held:
-            places[job] = f"was with worker {worker}, which is dead; a living one takes it over"
+            found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
             if beat:
-                places[job] = f"runs on worker {worker} since {since.get(job, 0):.0f} s {age}"
-    nobody = "" if any(name.startswith("worker ") for name in places) else "no worker is alive"
-    for job, index in zip(jobs, rest, strict=False):
+                found[job] = f"runs on worker {worker} since {since.get(job, 0):.0f} s {age}"
+    nobody = "" if any(replies[: 3 * len(crew) : 3]) else "no worker is alive"
+    if nobody and not jobs:
+        say(f"{nobody}; in another terminal, type: python worker.py")
+    for job, index in zip(jobs, rest, strict=True):
         if index is not None:
             place = f"is queued at place {depth - index} of {depth}"
-            places[job] = f"{place}, and {nobody}" if nobody else place
-    if nobody:
-        say(f"{nobody}; in another terminal, type: python worker.py")
-    places["queue"] = f"has {depth} jobs" + (f", the oldest is {oldest}" if oldest else "")
-    return places, hash, parked
+            found[job] = f"{place}, and {nobody}" if nobody else place
+    return found | {"queue": f"has {depth} jobs, the oldest is {oldest}"}
 
 
-async def recorded(run: RedisRun) -> list[Event]:
+async def recorded(run: RedisRun) -> AsyncIterator[Event]:
     """What has happened so far in a run and its children."""
-    rows = await run.executor.send("XRANGE", run.keys[3], "-", "+")
-    return [
-        {"at": int(id.split("-")[0]) / 1000, **json.loads(pairs(row)["event"])} for id, row in rows
-    ]
+    for id, row in await run.executor.send("XRANGE", run.keys[3], "-", "+"):
+        yield {"at": int(id.split("-")[0]) / 1000, **json.loads(af.pairs(row)["event"])}
 
 
-async def explain(
-    run: RedisRun, last: Mapping[tuple[str, str], Event], at: str, indent: str = ""
-) -> list[str]:
+async def explain(run: RedisRun, last: Mapping[Any, Event], at: str, indent: str = "") -> list[str]:
     """A line for a run, and one for each token: where it is, and why; likewise its children."""
-    flow, (places, hash, parked) = await flow_of(run), await look(run.executor, run.id)
-    lines = [f"{indent}run {run.id} of {flow.id} is {hash['status']} {hash.get('error', '')}"]
-    tokens = json.loads(hash["tokens"]) if hash["status"] in (RUNNING, FAILED) else {}
-    where = {node: "waits, too" for node in tokens}
-    for node, mark in tokens.items():
-        job, event = f"{run.id}/{node}/{mark}", last.get((run.id, node), {})
-        if mark in (WAITING, RETURNED):
-            continue
-        if job in places:
-            where[node] = f"{places[job]}, delivery {int(hash.get(f'crashes {job}', 0)) + 1}"
-            if event.get("event") == "retrying" and event["at"] + event["delay"] > time.time():
-                until = time.ctime(event["at"] + event["delay"])[11:19]
-                where[node] += f", backs off until {until} after {event['error']}"
-        elif f"{job} is parked" in parked and parked[job]:
-            command = f"python client.py --run {run.id} --answer {node}=VALUE{at}"
-            where[node] = f"waits for a person: {parked[job]} (to answer, type: {command})"
-        elif f"{job} is parked" in parked:
-            count = f"{parked[f'{job} left']} of {parked[f'{job} count']}"
-            where[node] = f"waits for {count} child runs"
-        elif hash["status"] == FAILED:
-            where[node] = "stands still, as its run failed; --resume runs it again"
-        else:
-            where[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
-    for node, mark in tokens.items():
-        if mark in (WAITING, RETURNED):
-            upstream = [f"{n}, which {where[n]}" for n in flow.blockers(tokens, node)]
-            lines.append(f"{indent}  {node} waits for {'; and for '.join(upstream)}")
-        else:
-            lines.append(f"{indent}  {node} {where[node]}")
+    send, flow, hash = run.executor.send, await flow_of(run), dict[str, str]()
+    while hash != (now := af.pairs(await send("HGETALL", run.keys[0]))):  # it moved meanwhile
+        hash, status = now, now["status"]
+        tokens = json.loads(hash["tokens"]) if status in (af.RUNNING, af.FAILED) else {}
+        jobs = {n: f"{run.id}/{n}/{mark}" for n, mark in tokens.items() if mark not in MARKS}
+        places = await look(run.executor, jobs.values())
+        parked = af.pairs(await send("HGETALL", run.keys[2]))
+    where = dict.fromkeys(tokens, "waits, too")
+    for node, job in jobs.items():
+        lost = "is NOWHERE: not queued, not with a worker, not parked; please report it"
+        still = "stands still, as its run failed; --resume runs it again"
+        where[node] = places.get(job, still if status == af.FAILED else lost)
+        if f"{job} is parked" in parked:
+            left, count = parked[f"{job} left"], parked[f"{job} count"]
+            question = f"a person: {parked[job]} (to answer, type: {answer(run.id, node)}{at})"
+            where[node] = (
+                f"waits for {question if parked[job] else f'{left} of {count} child runs'}"
+            )
+        elif job in places:
+            where[node] += f", delivery {int(hash.get(f'crashes {job}', 0)) + 1}"
+        retry = last.get((run.id, node), {})
+        until = retry["at"] + retry.get("delay", 0) if retry else 0
+        if until > time.time():
+            where[node] += f", backs off until {time.ctime(until)[11:19]} after {retry['error']}"
+    lines = [f"{indent}run {run.id} of {flow.id} is {status} {hash.get('error', '')}"]
+    for node in tokens:
+        others = [f"{other}, which {where[other]}" for other in flow.blockers(tokens, node)]
+        why = where[node] if node in jobs else f"waits for {'; and for '.join(others)}"
+        lines.append(f"{indent}  {node} {why}")
     for child in await run.children():
-        if await run.executor.send("HGET", child.keys[0], "status") in (RUNNING, FAILED):
-            lines += await explain(child, last, at, f"{indent}    ")
+        if await send("HGET", child.keys[0], "status") in (af.RUNNING, af.FAILED):
+            lines += await explain(child, last, at, indent + "    ")
     return lines
 
 
 async def overview(args: argparse.Namespace) -> int:
-    """Print what the workers do and what waits, or the recent runs."""
+    """Print the use cases, what the workers do and what waits, or the recent runs."""
     executor = await reach(args.redis)
-    if args.workers:
-        for what, place in (await look(executor))[0].items():
-            show(f"{what} {place}")
-        return 0
-    for id in await executor.send("ZRANGE", executor.key("runs"), 0, 19, "REV"):
-        run = pairs(await executor.send("HGETALL", executor.key("run", id)))
-        if run:
-            flow, age = json.loads(run["origin"])["flow"], time.time() - int(run["created"])
+    for what, place in (await look(executor)).items() if args.workers else ():
+        show(f"{what} {place}")
+    send, key = executor.send, executor.key
+    for id in await send("ZRANGE", key("runs"), 0, 19, "REV") if args.runs else ():
+        if run := af.pairs(await send("HGETALL", key("run", id))):
+            age, flow = time.time() - int(run["created"]), json.loads(run["origin"])["flow"]
             nodes = ", ".join(json.loads(run["tokens"]))
             show(f"{id}  {flow:<20} {run['status']:<10} {age:>7.0f} s  {nodes}")
     return 0
@@ -380,20 +325,8 @@ async def flow_of(run: RedisRun) -> Flow:
     return Registry(json.loads(text or "{}"))[run.origin.flow]
 
 
-async def draw(run: RedisRun) -> str:
-    """The graph of a run as Mermaid, coloured by state."""
-    status = await run.status()
-    events = [event for event in await recorded(run) if event["run"] == run.id]
-    states = {event["node"]: "done" for event in events if event["event"] == "done"}
-    for node, mark in status.tokens.items():
-        states[node] = "waiting" if mark in (WAITING, RETURNED) else "active"
-        if status.error.startswith(f'node "{node}"'):
-            states[node] = "failed"
-    return mermaid(await flow_of(run), states)
-
-
 def mermaid(flow: Flow, states: Mapping[str, str]) -> str:
-    """A flow as Mermaid; `states` says which nodes are done, active, waiting or failed."""
+    """A flow as Mermaid; `states` says which nodes are done, running, waiting or failed."""
     names = {node: f"n{i}" for i, node in enumerate(flow.nodes)}
     lines = ["flowchart TD"]
     for node, name in names.items():
@@ -401,7 +334,7 @@ def mermaid(flow: Flow, states: Mapping[str, str]) -> str:
     for source, by_action in flow.targets.items():
         for action, targets in by_action.items():
             label = re.sub(r'[#"<>&|]', lambda c: f"#{ord(c[0])};", escape(action))
-            arrow = "-->" if action == DEFAULT else f'-->|"{label}"|'
+            arrow = "-->" if action == af.DEFAULT else f'-->|"{label}"|'
             lines += [f"    {names[source]} {arrow} {names[target]}" for target in targets]
     lines += [f"    classDef {s} fill:{FILLS[s]},color:#000" for s in sorted({*states.values()})]
     return "\n".join(lines)
@@ -411,14 +344,13 @@ def main(argv: list[str]) -> int:
     """The whole command; gives the exit code."""
     try:
         args = parse(argv)
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+        if sys.stdout:
+            getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
         set_up(args)
         does = steer if args.run else overview if args.runs or args.workers else start
         return asyncio.run(does(args))
     except (GraphError, RunError, RedisError) as error:
-        for line in str(error).splitlines():
-            say(line)
+        say(error)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -2469,7 +2469,7 @@ async def test_a_worker_says_what_it_does_and_keeps_prompts_and_keys_to_itself(
     assert f"127.0.0.1:{server.port}" in worker.err and "3" in worker.err
     assert "test-model" in worker.err and "done" in worker.err
     assert not re.search("pass-word|test-key|answer [0-9a-f]{12}", worker.out + worker.err)
-    assert refused.code == 2 and "password" in refused.err
+    assert refused.code == 2 and "PASSWORD" in refused.err
 
 
 async def test_a_worker_says_when_there_is_no_key_and_when_there_is_no_redis(shell: Shell) -> None:

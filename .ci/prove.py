@@ -179,7 +179,8 @@ class Builder:
         return self.rng.choices(kinds, weights)[0](depth + 1)
 
     def step(self, depth: int) -> tuple[str, list[End]]:
-        rng, data = self.rng, {}
+        rng = self.rng
+        data: Graph = {}
         if self.children and rng.random() < 0.2:
             child = rng.choice(self.children)
             if rng.random() < 0.5:
@@ -756,7 +757,9 @@ class Gate:
         able = [w for w in self.waiting if w.actor not in self.paused]
         if not able:
             return False
-        weights = [self.speed.setdefault(w.actor, self.rng.uniform(0.1, 1)) for w in able]
+        if self.rng.random() < 0.03:
+            self.speed.clear()
+        weights = [self.speed.setdefault(w.actor, 10 ** self.rng.uniform(-2, 0)) for w in able]
         chosen = self.rng.choices(able, weights)[0]
         self.waiting.remove(chosen)
         if chosen.what == "node" or chosen.actor not in self.begun - {NET}:
@@ -912,7 +915,8 @@ class Story:
 
     def left(self) -> dict[str, Any]:
         """What there should not be at rest."""
-        db, left = self.gate.redis, dict[str, Any]()
+        db: Any = self.gate.redis
+        left: Graph = {}
         for name in [*db.keys(f"{{{self.space}}}:processing:*"), self.executor.key("ready")]:
             if jobs := db.lrange(name, 0, -1):
                 left[name] = jobs
@@ -936,7 +940,7 @@ class Story:
             raise Wrong(f"the run is {status}")
         elif more := found[1] - self.right[1]:
             raise Wrong(f"was committed, but should not: {dict(more)}")
-        db = self.gate.redis
+        db: Any = self.gate.redis
         for key in db.keys(f"{{{self.space}}}:run:*"):
             if db.type(key) == "hash" and db.hget(key, "status") == "running":
                 raise Wrong(f"{key} still runs")
