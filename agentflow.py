@@ -1124,7 +1124,7 @@ return 1
 """)
 
 # CANCEL ends a run for good, and queues each job with children: who takes it cancels those.
-#   a     run version error event parent index told
+#   a     version error event parent index told
 #   gives the status that it found
 CANCEL = Script("""
 local status = call('HGET', run, 'status')

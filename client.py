@@ -1,8 +1,11 @@
 """Start runs of the graphs, follow them, steer them, and see why one does not move.
 
-    --usecase NAME     starts a run of NAME.json: --wait, --local, --dry-run, --input; --draw
-    --run ID           --status, --wait, --explain, --draw, --cancel, --resume, --answer NODE=VALUE
-    --input KEY=VALUE  is JSON if it parses, else text; KEY=@FILE reads a file
+    --usecase NAME  [--wait | --local | --draw] [--dry-run] [--json] [--graphs DIR]
+                    [--input KEY=VALUE ...]: VALUE is JSON if it parses, else text; @FILE is read
+    --run ID        [--status | --explain | --draw | --wait] [--json]
+                    [--cancel | --resume [--input KEY=VALUE ...] | --answer NODE=VALUE]
+    --list | --runs | --workers
+    anywhere        [--redis URL] [--import MODULE ...]
 
 Results go to stdout, all else to stderr. Exit code: 0 completed or queued, 1 failed or cancelled,
 2 bad input or nothing reachable, 130 Ctrl-C. What could steer a terminal is escaped; in a result
@@ -13,30 +16,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import importlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-import agentflow as af
-from agentflow import Event, Flow, GraphError, RedisExecutor, RedisRun, Registry, Run, RunError
+from agentflow import CANCELLED, COMPLETED, DEFAULT, FAILED, RUNNING
+from agentflow import Context, Event, Flow, GraphError, MemoryRun, RedisExecutor, RedisRun
+from agentflow import Registry, Run, RunError, pairs, parse_json
+from graphs.check import nearest
 
-MARKS = ("waiting", "returned")  # of tokens that are not active
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 FILLS = {"done": "#d5f5d5", "running": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
-NEEDED = (
-    "start a redis-server (6.2 or newer) here, or name one that can be written to with --redis "
-    "redis://[USER:PASSWORD@]HOST[:PORT][/DB]; --local needs none, --local --dry-run no key either"
-)
+MARKS = ("waiting", "returned")  # of the tokens that are not active
 
 
 def escape(text: object, keep: str = "") -> str:
@@ -63,54 +63,52 @@ def show(text: str) -> None:
 
 def line_of(event: Event, root: str) -> str:
     """An event in a line: time, node, what, and the rest by name; of a child also its flow."""
-    rest = {"node": "", **event, **event.get("usage", {})}
-    at, what, node = time.ctime(rest.pop("at"))[11:19], rest.pop("event"), rest.pop("node")
-    where = node if event["run"] == root else f"{event['flow']}/{node}"
-    hidden = ("run", "flow", "usage", "question")
-    more = "".join(f"  {name} {value}" for name, value in rest.items() if name not in hidden)
-    return escape(f"{at}  {where:<28} {what:<10}{more}")
+    hidden = ("at", "event", "run", "flow", "node", "usage", "question")
+    rest = {k: v for k, v in event.items() if k not in hidden} | event.get("usage", {})
+    where = ("" if event["run"] == root else f"{event['flow']}/") + event.get("node", "")
+    more = "".join(f"  {name} {value}" for name, value in rest.items())
+    return escape(f"{time.ctime(event['at'])[11:19]}  {where:<28} {event['event']:<10}{more}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; ends with exit code 2 and a line that says why where it makes no sense."""
-    usage = "client.py --usecase NAME | --run ID | --list | --runs | --workers  (see --help)"
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("client.py", usage, __doc__, formatter_class=raw)
-    for name in "usecase run answer graphs redis".split():
-        parser.add_argument(f"--{name}")
-    for name in "input import".split():
-        parser.add_argument(f"--{name}", action="append", default=[])
-    for (
-        name
-    ) in "list runs workers status explain draw cancel resume wait local dry-run json".split():
-        parser.add_argument(f"--{name}", action="store_true")
+    """The command line, with the flags named above; ends with exit code 2 where it is wrong."""
+    parser = argparse.ArgumentParser("client.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    what = parser.add_mutually_exclusive_group(required=True)
+    for name, value in dict(re.findall(r"--([a-z-]+)( [A-Z=]+)?", f"{__doc__}")).items():
+        group = what if name in ("usecase", "run", "list", "runs", "workers") else parser
+        if name in ("input", "import"):
+            group.add_argument(f"--{name}", metavar=value, action="append", default=[])
+        else:
+            group.add_argument(f"--{name}", action="store" if value else "store_true")
     args = parser.parse_args(argv)
     args.acts = args.explain or args.cancel or args.resume or args.answer
-    if sum(map(bool, (args.usecase, args.run, args.list, args.runs, args.workers))) != 1:
-        parser.error("give one of --usecase NAME, --run ID, --list, --runs, --workers")
-    if not args.run and (args.acts or args.status):
+    if (args.acts or args.status) and not args.run:
         parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
-    if not args.usecase and (args.local or args.dry_run or (args.input and not args.resume)):
+    if (args.local or args.dry_run or args.input and not args.resume) and not args.usecase:
         parser.error("--local, --dry-run and --input go with --usecase NAME")
     return args
 
 
 def values(flag: str, given: Iterable[str]) -> dict[str, Any]:
     """What KEY=VALUE and KEY=@FILE give; RunError, with every finding."""
-    found, findings = af.Context({}), list[str]()
-    for key, equals, text in (item.partition("=") for item in given):
+    found: dict[str, Any] = {}
+    findings: list[str] = []
+    for key, equals, value in (text.partition("=") for text in given):
         try:
-            if not equals:
-                raise ValueError("must be like KEY=VALUE or KEY=@FILE")
-            value = Path(text[1:]).read_text("utf-8") if text.startswith("@") else text
-            with contextlib.suppress(ValueError):  # it is text
-                value = af.parse_json(value)
-            found[key] = value
+            text = Path(value[1:]).read_text("utf-8") if value.startswith("@") else value
+            try:
+                found[key] = parse_json(text)
+            except ValueError:
+                found[key] = text
+            Context({})[key] = found[key]
         except (OSError, ValueError) as error:
             findings.append(f"{flag} {key}: {error}")
+        if not equals:
+            findings.append(f"{flag} {key}: must be like KEY=VALUE or KEY=@FILE")
     if findings:
         raise RunError("\n".join(findings))
-    return {key: json.loads(text) for key, text in found.changes.items()}
+    return found
 
 
 def set_up(args: argparse.Namespace) -> None:
@@ -131,11 +129,15 @@ async def reach(url: str) -> RedisExecutor:
     try:
         executor = RedisExecutor(url)
         await executor.open()
-    except ValueError:  # its text may hold a part of a password
-        raise RunError(f"--redis is not the URL of a Redis; {NEEDED}") from None
-    except (RedisError, OSError) as error:
-        raise RunError(f"Redis at {public(url)}: {error}; {NEEDED}") from None
-    return executor
+        return executor
+    except (ValueError, OSError, RedisError) as error:
+        what = f"Redis at {public(url)}: {error}"
+        if isinstance(error, ValueError):  # its text may hold a part of a password
+            what = "that is not the URL of a Redis"
+        mend = "start redis-server, 6.2 or newer, or name one that can be written to with"
+        where = "--redis redis://[USER:PASSWORD@]HOST[:PORT][/DB]"
+        less = "--local needs none, --local --dry-run no key either"
+        raise RunError(f"{what}; {mend} {where}; {less}") from None
 
 
 async def start(args: argparse.Namespace) -> int:
@@ -153,7 +155,7 @@ async def start(args: argparse.Namespace) -> int:
         return 0
     known = set(flow.inputs).union(*(node.reads() for node in flow.nodes.values()))
     for key in sorted(inputs.keys() - known):
-        say(f'--input {key}: no node of "{flow.id}" reads it; {af.nearest(key, known)}')
+        say(f'--input {key}: no node of "{flow.id}" reads it; {nearest(key, known)}')
     flow.begin(inputs)
     run = await flow.run(inputs, None if args.local else await reach(args.redis), args.dry_run)
     if args.local or args.wait or args.json:
@@ -163,32 +165,40 @@ async def start(args: argparse.Namespace) -> int:
     return 0
 
 
-async def follow(args: argparse.Namespace, run: Run, wait: bool = True) -> int:
-    """Print a run's events, to its end or so far, and what came of it; gives the exit code."""
-    out = say if wait or args.json else show
-    if wait and isinstance(run, RedisRun):
+async def follow(args: argparse.Namespace, run: Run) -> int:
+    """Print a run's events until it has ended, then its result; gives the exit code."""
+    if isinstance(run, RedisRun):
         await look(run.executor)
     try:
-        async for event in run.events() if wait else recorded(run):
-            out(line_of(event, run.id))
-            if question := event.get("question"):
-                out("    | " + question.replace("\n", "\n    | "))
-            if question and isinstance(run, af.MemoryRun):
+        async for event in run.events():
+            say(line_of(event, run.id))
+            if question := event.get("question", ""):
+                say("    | " + question.replace("\n", "\n    | "))
+            if question and isinstance(run, MemoryRun):
                 await run.answer(event["node"], await ask(), event["run"])
-            elif question and wait:
-                say(f"to answer, type: {answer(event['run'], event['node'])}{args.at}")
+            elif question:
+                what = f"--run {event['run']} --answer {event['node']}=VALUE{args.at}"
+                say(f"to answer, type: python client.py {what}")
     except asyncio.CancelledError:
         more = f"goes on; to follow it, type: python client.py --run {run.id} --wait{args.at}"
         say(f"run {run.id} {'ends here' if args.local else more}")
         raise
+    return await report(args, run)
+
+
+async def report(args: argparse.Namespace, run: Run) -> int:
+    """Print what has come of a run, in a line or with --json in full; gives the exit code."""
     status = await run.status()
-    out(f"run {run.id} of {status.flow} is {status.status}; tokens used: {status.usage}")
+    result, text = status.result, f"run {run.id} of {status.flow} is {status.status}"
     if args.json:
         show(json.dumps({k: v for k, v in vars(status).items() if k != "tokens"}, indent=2))
-    elif wait and status.status == af.COMPLETED:
-        text = status.result
-        show(text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False))
-    return int(status.status in (af.FAILED, af.CANCELLED))
+    elif not (args.wait or args.local):
+        used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items())
+        show(f"{text}; tokens used: {used or 'none'}")
+    elif status.status == COMPLETED:
+        whole = isinstance(result, str)
+        show(result if whole else json.dumps(result, indent=2, ensure_ascii=False))
+    return int(status.status in (FAILED, CANCELLED))
 
 
 async def ask() -> Any:
@@ -207,18 +217,7 @@ async def ask() -> Any:
 async def steer(args: argparse.Namespace) -> int:
     """Look at a run that exists, or change its course; gives the exit code."""
     run = await (await reach(args.redis)).find(args.run)
-    events = [event async for event in recorded(run)]
-    if args.explain:
-        last = {(event["run"], event.get("node", "")): event for event in events}
-        show(escape("\n".join(await explain(run, last, args.at)), "\n"))
-    elif args.draw:
-        status = await run.status()
-        states = {e["node"]: "done" for e in events if e["event"] == "done" and e["run"] == run.id}
-        states |= {n: "waiting" if m in MARKS else "running" for n, m in status.tokens.items()}
-        failed = re.match('node "(.*?)"', status.error)
-        states |= {failed[1]: "failed"} if failed else {}
-        show(mermaid(await flow_of(run), states))
-    elif args.cancel:
+    if args.cancel:
         await run.cancel()
         say(f"run {run.id} is cancelled")
     elif args.resume:
@@ -228,91 +227,110 @@ async def steer(args: argparse.Namespace) -> int:
         for node, value in values("--answer", [args.answer]).items():
             await run.answer(node, value)
         say(f"run {run.id} has the answer")
-    return await follow(args, run, args.wait) if args.wait or not args.acts and not args.draw else 0
+    elif args.explain:
+        show("\n".join(map(escape, await explain(run, await recorded(run), args.at))))
+    elif args.draw:
+        status = await run.status()
+        done = [e for e in await recorded(run) if e["event"] == "done" and e["run"] == run.id]
+        active = "running" if status.status == RUNNING else "failed"
+        states = {event["node"]: "done" for event in done}
+        states |= {n: "waiting" if m in MARKS else active for n, m in status.tokens.items()}
+        show(mermaid(await flow_of(run), states))
+    elif not args.wait:
+        for event in () if args.json else await recorded(run):
+            show(line_of(event, run.id))
+        return await report(args, run)
+    return await follow(args, run) if args.wait else 0
 
 
 async def look(executor: RedisExecutor, jobs: Collection[str] = ()) -> dict[str, str]:
-    """Who is alive, and where each job is that a worker has or, of these, that is queued."""
-    send, key, ready, found = executor.send, executor.key, executor.key("ready"), dict[str, str]()
+    """Who works, and where each job is that a worker has or, of these, that is queued."""
+    send, key, ready = executor.send, executor.key, executor.key("ready")
     crew = [w for name in ("workers", "buried") for w in await send("ZRANGE", key(name), 0, -1)]
-    async with executor.link.client.pipeline() as pipe:  # all at one instant
-        pipe.llen(ready).lindex(ready, -1)
-        for worker in crew:
-            pipe.get(key("worker", worker)).pttl(key("worker", worker))
-            pipe.lrange(key("processing", worker), 0, -1)
-        for job in jobs:
-            pipe.lpos(ready, job)
-        depth, oldest, *replies = await pipe.execute()
-    rest = iter(replies)
-    for worker, beat, left, held in zip(crew, rest, rest, rest, strict=False):
-        since, age = json.loads(beat or "{}"), f"(heartbeat {6 - left / 1000:.0f} s ago)"
+    pipe: Any = executor.link.client.pipeline()  # all at one instant
+    pipe.llen(ready).lindex(ready, -1)
+    for worker in crew:
+        pipe.get(key("worker", worker)).pttl(key("worker", worker))
+        pipe.lrange(key("processing", worker), 0, -1)
+    for job in jobs:
+        pipe.lpos(ready, job)
+    depth, oldest, *rest = await pipe.execute()
+    found, replies, nobody = dict[str, str](), iter(rest), "no worker is alive"
+    for worker, beat, left, held in zip(crew, replies, replies, replies, strict=False):
+        since, age = json.loads(beat or "{}"), f"heartbeat {6 - left / 1000:.0f} s ago"
         if beat:
-            found[f"worker {worker}"] = f"lives and has {len(held)} jobs {age}"
+            nobody = ""
+            found[f"worker {worker}"] = f"has {len(held)} jobs ({age})"
         for job in held:
             found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
             if beat:
-                found[job] = f"runs on worker {worker} since {since.get(job, 0):.0f} s {age}"
-    nobody = "" if any(replies[: 3 * len(crew) : 3]) else "no worker is alive"
+                found[job] = (
+                    f"is running on worker {worker} since {since.get(job, 0):.0f} s ({age})"
+                )
     if nobody and not jobs:
         say(f"{nobody}; in another terminal, type: python worker.py")
-    for job, index in zip(jobs, rest, strict=True):
+    for job, index in zip(jobs, replies, strict=True):
         if index is not None:
             place = f"is queued at place {depth - index} of {depth}"
             found[job] = f"{place}, and {nobody}" if nobody else place
-    return found | {"queue": f"has {depth} jobs, the oldest is {oldest}"}
+    return found | {"the queue": f"has {depth} jobs; the oldest: {oldest}"}
 
 
-async def recorded(run: RedisRun) -> AsyncIterator[Event]:
+async def recorded(run: RedisRun) -> list[Event]:
     """What has happened so far in a run and its children."""
-    for id, row in await run.executor.send("XRANGE", run.keys[3], "-", "+"):
-        yield {"at": int(id.split("-")[0]) / 1000, **json.loads(af.pairs(row)["event"])}
+    rows = await run.executor.send("XRANGE", run.keys[3], "-", "+")
+    return [
+        json.loads(pairs(row)["event"]) | {"at": int(id.split("-")[0]) / 1000} for id, row in rows
+    ]
 
 
-async def explain(run: RedisRun, last: Mapping[Any, Event], at: str, indent: str = "") -> list[str]:
+async def explain(run: RedisRun, events: list[Event], at: str, indent: str = "") -> list[str]:
     """A line for a run, and one for each token: where it is, and why; likewise its children."""
     send, flow, hash = run.executor.send, await flow_of(run), dict[str, str]()
-    while hash != (now := af.pairs(await send("HGETALL", run.keys[0]))):  # it moved meanwhile
+    while hash != (now := pairs(await send("HGETALL", run.keys[0]))):  # it moved meanwhile
         hash, status = now, now["status"]
-        tokens = json.loads(hash["tokens"]) if status in (af.RUNNING, af.FAILED) else {}
+        tokens = json.loads(hash["tokens"]) if status in (RUNNING, FAILED) else {}
         jobs = {n: f"{run.id}/{n}/{mark}" for n, mark in tokens.items() if mark not in MARKS}
         places = await look(run.executor, jobs.values())
-        parked = af.pairs(await send("HGETALL", run.keys[2]))
+        parked = pairs(await send("HGETALL", run.keys[2]))
+    last = {event.get("node"): event for event in events if event["run"] == run.id}
     where = dict.fromkeys(tokens, "waits, too")
     for node, job in jobs.items():
-        lost = "is NOWHERE: not queued, not with a worker, not parked; please report it"
-        still = "stands still, as its run failed; --resume runs it again"
-        where[node] = places.get(job, still if status == af.FAILED else lost)
-        if f"{job} is parked" in parked:
+        until = last.get(node, {}).get("at", 0) + last.get(node, {}).get("delay", 0)
+        if f"{job} is parked" in parked and parked[job]:
+            command = f"python client.py --run {run.id} --answer {node}=VALUE{at}"
+            where[node] = f"waits for a person: {parked[job]} (to answer, type: {command})"
+        elif f"{job} is parked" in parked:
             left, count = parked[f"{job} left"], parked[f"{job} count"]
-            question = f"a person: {parked[job]} (to answer, type: {answer(run.id, node)}{at})"
-            where[node] = (
-                f"waits for {question if parked[job] else f'{left} of {count} child runs'}"
-            )
+            where[node] = f"waits for {left} of {count} child runs"
         elif job in places:
-            where[node] += f", delivery {int(hash.get(f'crashes {job}', 0)) + 1}"
-        retry = last.get((run.id, node), {})
-        until = retry["at"] + retry.get("delay", 0) if retry else 0
+            where[node] = f"{places[job]}, delivery {int(hash.get(f'crashes {job}', 0)) + 1}"
+        elif status == FAILED:
+            where[node] = "stands still, as its run failed; --resume runs it again"
+        else:
+            where[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
         if until > time.time():
-            where[node] += f", backs off until {time.ctime(until)[11:19]} after {retry['error']}"
-    lines = [f"{indent}run {run.id} of {flow.id} is {status} {hash.get('error', '')}"]
-    for node in tokens:
+            error = last[node]["error"]
+            where[node] += f", backs off until {time.ctime(until)[11:19]} after {error}"
+    for node in tokens.keys() - jobs:
         others = [f"{other}, which {where[other]}" for other in flow.blockers(tokens, node)]
-        why = where[node] if node in jobs else f"waits for {'; and for '.join(others)}"
-        lines.append(f"{indent}  {node} {why}")
+        where[node] = "waits for " + "; and for ".join(others)
+    lines = [f"{indent}run {run.id} of {flow.id} is {status} {hash.get('error', '')}"]
+    lines += [f"{indent}  {node} {why}" for node, why in where.items()]
     for child in await run.children():
-        if await send("HGET", child.keys[0], "status") in (af.RUNNING, af.FAILED):
-            lines += await explain(child, last, at, indent + "    ")
+        if await send("HGET", child.keys[0], "status") in (RUNNING, FAILED):
+            lines += await explain(child, events, at, indent + "    ")
     return lines
 
 
 async def overview(args: argparse.Namespace) -> int:
-    """Print the use cases, what the workers do and what waits, or the recent runs."""
+    """Print what the workers do and what waits, or the recent runs."""
     executor = await reach(args.redis)
     for what, place in (await look(executor)).items() if args.workers else ():
         show(f"{what} {place}")
     send, key = executor.send, executor.key
     for id in await send("ZRANGE", key("runs"), 0, 19, "REV") if args.runs else ():
-        if run := af.pairs(await send("HGETALL", key("run", id))):
+        if run := pairs(await send("HGETALL", key("run", id))):
             age, flow = time.time() - int(run["created"]), json.loads(run["origin"])["flow"]
             nodes = ", ".join(json.loads(run["tokens"]))
             show(f"{id}  {flow:<20} {run['status']:<10} {age:>7.0f} s  {nodes}")
@@ -334,7 +352,7 @@ def mermaid(flow: Flow, states: Mapping[str, str]) -> str:
     for source, by_action in flow.targets.items():
         for action, targets in by_action.items():
             label = re.sub(r'[#"<>&|]', lambda c: f"#{ord(c[0])};", escape(action))
-            arrow = "-->" if action == af.DEFAULT else f'-->|"{label}"|'
+            arrow = "-->" if action == DEFAULT else f'-->|"{label}"|'
             lines += [f"    {names[source]} {arrow} {names[target]}" for target in targets]
     lines += [f"    classDef {s} fill:{FILLS[s]},color:#000" for s in sorted({*states.values()})]
     return "\n".join(lines)
@@ -342,8 +360,8 @@ def mermaid(flow: Flow, states: Mapping[str, str]) -> str:
 
 def main(argv: list[str]) -> int:
     """The whole command; gives the exit code."""
+    args = parse(argv)
     try:
-        args = parse(argv)
         if sys.stdout:
             getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
         set_up(args)

@@ -67,7 +67,7 @@ class Asking(Slow):
 
 
 class Bad(Node):
-    """Exits, hangs, blocks the event loop (once), gives what is no JSON, or notes when it begins."""
+    """Exits, hangs, blocks the event loop (once), gives no JSON, or notes when it begins."""
 
     fields = {"how": Field("text"), "mark": Field("text")}
 
@@ -294,8 +294,9 @@ class Proxy:
         """Do something to one of the connections that are well."""
         modes = ["cut"] * 8 + ["swallow"] * 8 + ["delay"] * 2
         modes += [] if "silent" in self.modes.values() else ["silent"]  # it costs five seconds
+        new = [mode for mode in modes if not self.figures[mode]]
         if wires := [wire for wire, mode in self.modes.items() if not mode]:
-            wire, mode = rng.choice(wires), rng.choice(modes)
+            wire, mode = rng.choice(wires), rng.choice(new or modes)
             self.modes[wire] = mode
             self.figures[mode] += 1
             if mode == "cut":
