@@ -63,6 +63,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import redis.asyncio
 from redis import exceptions
@@ -619,6 +620,7 @@ class Registry(Mapping[str, Flow]):
         self.graphs = graphs
         self.folder = folder
         self._flows: dict[str, Flow] = {}
+        self._bundles: dict[str, tuple[str, str]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.graphs)
@@ -638,10 +640,12 @@ class Registry(Mapping[str, Flow]):
 
     def bundle(self, id: str) -> tuple[str, str]:
         """What a run carries: the JSON of a flow's graph and its sub-flows', and its SHA-256."""
-        for flow_id in (wanted := [id]):
-            wanted += [child for child in self[flow_id].children() if child not in wanted]
-        text = encode({flow_id: self.graphs[flow_id] for flow_id in sorted(wanted)})
-        return hashlib.sha256(text.encode()).hexdigest(), text
+        if id not in self._bundles:
+            for flow_id in (wanted := [id]):
+                wanted += [child for child in self[flow_id].children() if child not in wanted]
+            text = encode({flow_id: self.graphs[flow_id] for flow_id in sorted(wanted)})
+            self._bundles[id] = hashlib.sha256(text.encode()).hexdigest(), text
+        return self._bundles[id]
 
 
 # ── 5. In memory ─────────────────────────────────────────────────────────────────────────────
@@ -1355,7 +1359,11 @@ class RedisRun(Run):
         """Make the run: a user's with its `graph`, or a child with the `count` of them."""
         version = new_id()
         (tokens, visits), ready = flow.first(version)
-        a = {"origin": encode(vars(self.origin)), "event": self.event("started"), **more}
+        a = {
+            "origin": encode({name: value for name, value in vars(self.origin).items() if value}),
+            "event": self.event("started"),
+            **more,
+        }
         a |= {"tokens": encode(tokens), "visits": encode(visits), "version": version}
         a |= {"jobs": [f"{self.id}/{node}/{version}" for node in ready]}
         key = self.executor.key
@@ -1502,7 +1510,7 @@ class Worker:
         self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
         self.processing = self.key("processing", self.id)
         self.held: dict[str, Held] = {}  # by job
-        self._views: dict[str, View] = {}  # of the runs of these jobs
+        self._views = WeakValueDictionary[str, View]()  # by run, while a job or a commit has it
         self._suspects: dict[str, tuple[list[Any] | None, str]] = {}  # jobs that crashed before
         self._alone = ""  # the suspect that runs
         self._unknown: set[str] = set()  # in our list, but not held, when we looked last
@@ -1590,16 +1598,15 @@ class Worker:
             for job in jobs:
                 await self._give_back(job, self.processing, drop=True)
             return
-        if id not in self._views:
-            origin = Origin(**json.loads(found[5]))
-            try:
-                self._views[id] = View(self.executor, id, origin, await self._flow(origin))
-            except Exception as error:
-                for job in jobs:
-                    text = f"worker {self.id} cannot build its flow: {error}"
-                    await self._fail(RedisRun(self.executor, id, origin), job, text)
-                return
-        view = self._views[id]
+        origin = Origin(**json.loads(found[5]))
+        try:
+            flow = await self._flow(origin)
+        except Exception as error:
+            for job in jobs:
+                text = f"worker {self.id} cannot build its flow: {error}"
+                await self._fail(RedisRun(self.executor, id, origin), job, text)
+            return
+        view = self._views.setdefault(id, View(self.executor, id, origin, flow))
         view.update(found, pairs(context))
         for job, count in zip(jobs, crashes, strict=True):
             if job in self.held:
@@ -1756,8 +1763,6 @@ class Worker:
             self.held.pop(job, None)
             self._suspects.pop(job, None)
             self._alone = "" if job == self._alone else self._alone
-        runs = {job.split("/")[0] for job in self.held}
-        self._views = {run: view for run, view in self._views.items() if run in runs}
         if self._suspects:
             self._spawn(self._run_suspect())
         self._freed.set()

@@ -2,10 +2,9 @@
 
     --usecase NAME  [--wait | --local | --draw] [--dry-run] [--json] [--graphs DIR]
                     [--input KEY=VALUE ...]: VALUE is JSON if it parses, else text; @FILE is read
-    --run ID        [--status | --explain | --draw | --wait] [--json]
-                    [--cancel | --resume [--input KEY=VALUE ...] | --answer NODE=VALUE]
-    --list | --runs | --workers
-    anywhere        [--redis URL] [--import MODULE ...]
+    --run ID        [--status | --explain | --draw | --cancel | --resume | --answer NODE=VALUE]
+                    [--wait] [--json]
+    --list | --runs | --workers         anywhere: [--redis URL] [--import MODULE ...]
 
 Results go to stdout, all else to stderr. Exit code: 0 completed or queued, 1 failed or cancelled,
 2 bad input or nothing reachable, 130 Ctrl-C. What could steer a terminal is escaped; in a result
@@ -22,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,12 @@ from graphs.check import nearest
 
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 FILLS = {"done": "#d5f5d5", "running": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
+ANSWER = "python client.py --run {} --answer {}=VALUE"
 MARKS = ("waiting", "returned")  # of the tokens that are not active
+NEEDED = (
+    "start redis-server, 6.2 or newer, or name one that can be written to with --redis "
+    "redis://[USER:PASSWORD@]HOST[:PORT][/DB]; --local needs none, --local --dry-run no key either"
+)
 
 
 def escape(text: object, keep: str = "") -> str:
@@ -49,16 +53,11 @@ def public(url: str) -> str:
     return escape(re.sub(r"(?<=//).*@|\?.*", "", url))
 
 
-def say(text: object) -> None:
-    """Print lines on stderr."""
-    if sys.stderr:
-        print(escape(text, "\n"), file=sys.stderr, flush=True)
-
-
-def show(text: str) -> None:
-    """Print a result on stdout."""
-    if sys.stdout:
-        print(escape(text, "\n\t") if sys.stdout.isatty() else text, flush=True)
+def say(text: str, to: Any = sys.stderr) -> None:
+    """Print what is only for eyes, or to stdout a result."""
+    if to:
+        plain = to is sys.stdout and not to.isatty()
+        print(text if plain else escape(text, "\n\t"), file=to, flush=True)
 
 
 def line_of(event: Event, root: str) -> str:
@@ -74,41 +73,39 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, with the flags named above; ends with exit code 2 where it is wrong."""
     parser = argparse.ArgumentParser("client.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    what = parser.add_mutually_exclusive_group(required=True)
+    subject = parser.add_mutually_exclusive_group(required=True)
     for name, value in dict(re.findall(r"--([a-z-]+)( [A-Z=]+)?", f"{__doc__}")).items():
-        group = what if name in ("usecase", "run", "list", "runs", "workers") else parser
-        if name in ("input", "import"):
-            group.add_argument(f"--{name}", metavar=value, action="append", default=[])
-        else:
-            group.add_argument(f"--{name}", action="store" if value else "store_true")
+        group = subject if name in ("usecase", "run", "list", "runs", "workers") else parser
+        many = "append" if name in ("input", "answer", "import") else "store"
+        group.add_argument(f"--{name}", action=many if value else "store_true")
     args = parser.parse_args(argv)
     args.acts = args.explain or args.cancel or args.resume or args.answer
     if (args.acts or args.status) and not args.run:
         parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
-    if (args.local or args.dry_run or args.input and not args.resume) and not args.usecase:
-        parser.error("--local, --dry-run and --input go with --usecase NAME")
     return args
 
 
-def values(flag: str, given: Iterable[str]) -> dict[str, Any]:
+def as_json(text: str) -> Any:
+    """The value of a text that is JSON, else the text itself."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return text
+
+
+def values(flag: str, given: Iterable[str] | None) -> dict[str, Any]:
     """What KEY=VALUE and KEY=@FILE give; RunError, with every finding."""
-    found: dict[str, Any] = {}
-    findings: list[str] = []
-    for key, equals, value in (text.partition("=") for text in given):
+    ctx, findings = Context({}), list[str]()
+    for key, equals, text in (item.partition("=") for item in given or ()):
         try:
-            text = Path(value[1:]).read_text("utf-8") if value.startswith("@") else value
-            try:
-                found[key] = parse_json(text)
-            except ValueError:
-                found[key] = text
-            Context({})[key] = found[key]
+            if not equals:
+                raise ValueError("it must be like KEY=VALUE or KEY=@FILE")
+            ctx[key] = as_json(Path(text[1:]).read_text("utf-8") if text.startswith("@") else text)
         except (OSError, ValueError) as error:
             findings.append(f"{flag} {key}: {error}")
-        if not equals:
-            findings.append(f"{flag} {key}: must be like KEY=VALUE or KEY=@FILE")
     if findings:
         raise RunError("\n".join(findings))
-    return found
+    return {key: ctx[key] for key in ctx.changes}
 
 
 def set_up(args: argparse.Namespace) -> None:
@@ -117,7 +114,7 @@ def set_up(args: argparse.Namespace) -> None:
     args.at = f" --redis {public(args.redis)}" if args.redis else ""
     args.redis = args.redis or os.environ.get("REDIS_URL") or "redis://localhost:6379"
     sys.path.append(os.curdir)
-    for module in ["graphs.nodes", *vars(args)["import"]]:
+    for module in ["graphs.nodes", *(vars(args)["import"] or ())]:
         try:
             importlib.import_module(module)
         except Exception as error:
@@ -131,13 +128,10 @@ async def reach(url: str) -> RedisExecutor:
         await executor.open()
         return executor
     except (ValueError, OSError, RedisError) as error:
-        what = f"Redis at {public(url)}: {error}"
+        found = f"Redis at {public(url)}: {error}"
         if isinstance(error, ValueError):  # its text may hold a part of a password
-            what = "that is not the URL of a Redis"
-        mend = "start redis-server, 6.2 or newer, or name one that can be written to with"
-        where = "--redis redis://[USER:PASSWORD@]HOST[:PORT][/DB]"
-        less = "--local needs none, --local --dry-run no key either"
-        raise RunError(f"{what}; {mend} {where}; {less}") from None
+            found = "that is not the URL of a Redis"
+        raise RunError(f"{found}; {NEEDED}") from None
 
 
 async def start(args: argparse.Namespace) -> int:
@@ -145,59 +139,55 @@ async def start(args: argparse.Namespace) -> int:
     registry = Registry.load(args.graphs or Path(__file__).resolve().parent / "graphs")
     if args.list:
         for id, graph in registry.graphs.items():
-            show(f"{id:<24} {graph.get('description', '') if isinstance(graph, dict) else graph}")
+            say(
+                f"{id:<24} {graph.get('description', '') if isinstance(graph, dict) else graph}",
+                sys.stdout,
+            )
         return 0
     if args.usecase not in registry:
         raise RunError(f'no use case "{args.usecase}"; there is {", ".join(registry) or "none"}')
     flow, inputs = registry[args.usecase], values("--input", args.input)
     if args.draw:
-        show(mermaid(flow, {}))
+        say(mermaid(flow, {}), sys.stdout)
         return 0
     known = set(flow.inputs).union(*(node.reads() for node in flow.nodes.values()))
     for key in sorted(inputs.keys() - known):
         say(f'--input {key}: no node of "{flow.id}" reads it; {nearest(key, known)}')
     flow.begin(inputs)
-    run = await flow.run(inputs, None if args.local else await reach(args.redis), args.dry_run)
-    if args.local or args.wait or args.json:
-        return await follow(args, run)
-    show(run.id)
+    if args.local:
+        return await follow(args, await flow.run(inputs, dry_run=args.dry_run))
+    run = await flow.run(inputs, await reach(args.redis), args.dry_run)
     say(f"queued; to follow it, type: python client.py --run {run.id} --wait{args.at}")
+    if args.wait or args.json:
+        return await follow(args, run)
+    say(run.id, sys.stdout)
     return 0
 
 
 async def follow(args: argparse.Namespace, run: Run) -> int:
-    """Print a run's events until it has ended, then its result; gives the exit code."""
-    if isinstance(run, RedisRun):
+    """Print a run's events, to its end or so far, and what came of it; gives the exit code."""
+    wait = args.wait or not args.run
+    out = sys.stderr if wait or args.json else sys.stdout
+    if wait and isinstance(run, RedisRun):
         await look(run.executor)
-    try:
-        async for event in run.events():
-            say(line_of(event, run.id))
-            if question := event.get("question", ""):
-                say("    | " + question.replace("\n", "\n    | "))
-            if question and isinstance(run, MemoryRun):
-                await run.answer(event["node"], await ask(), event["run"])
-            elif question:
-                what = f"--run {event['run']} --answer {event['node']}=VALUE{args.at}"
-                say(f"to answer, type: python client.py {what}")
-    except asyncio.CancelledError:
-        more = f"goes on; to follow it, type: python client.py --run {run.id} --wait{args.at}"
-        say(f"run {run.id} {'ends here' if args.local else more}")
-        raise
-    return await report(args, run)
-
-
-async def report(args: argparse.Namespace, run: Run) -> int:
-    """Print what has come of a run, in a line or with --json in full; gives the exit code."""
+    async for event in run.events() if wait else recorded(run):
+        say(line_of(event, run.id), out)
+        if question := event.get("question"):
+            say("    | " + question.replace("\n", "\n    | "), out)
+        if question and isinstance(run, MemoryRun):
+            await run.answer(event["node"], await ask(), event["run"])
+        elif question and wait:
+            say(f"to answer, type: {ANSWER.format(event['run'], event['node'])}{args.at}")
     status = await run.status()
-    result, text = status.result, f"run {run.id} of {status.flow} is {status.status}"
+    used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items()) or "none"
+    say(f"run {run.id} of {status.flow} is {status.status}; tokens used: {used}", out)
     if args.json:
-        show(json.dumps({k: v for k, v in vars(status).items() if k != "tokens"}, indent=2))
-    elif not (args.wait or args.local):
-        used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items())
-        show(f"{text}; tokens used: {used or 'none'}")
-    elif status.status == COMPLETED:
-        whole = isinstance(result, str)
-        show(result if whole else json.dumps(result, indent=2, ensure_ascii=False))
+        document = {key: value for key, value in vars(status).items() if key != "tokens"}
+        say(json.dumps(document, indent=2), sys.stdout)
+    elif wait and status.status == COMPLETED:
+        text = status.result
+        text = text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False)
+        say(text, sys.stdout)
     return int(status.status in (FAILED, CANCELLED))
 
 
@@ -205,12 +195,11 @@ async def ask() -> Any:
     """A person's answer, from the terminal; RunError without one."""
     typed, loop = asyncio.Event(), asyncio.get_running_loop()
     if sys.stdin and sys.stdin.isatty():
-        say("your answer:")
         loop.add_reader(0, typed.set)  # no thread: that would survive Ctrl-C
         await typed.wait()
         loop.remove_reader(0)
         if text := os.read(0, 65536).decode(errors="replace").strip():
-            return values("the answer", [f"it={text}"])["it"]
+            return as_json(text)
     raise RunError("a person is asked, and nobody answers here; use Redis, or --dry-run")
 
 
@@ -219,28 +208,18 @@ async def steer(args: argparse.Namespace) -> int:
     run = await (await reach(args.redis)).find(args.run)
     if args.cancel:
         await run.cancel()
-        say(f"run {run.id} is cancelled")
     elif args.resume:
         await run.resume(values("--input", args.input))
-        say(f"run {run.id} goes on")
-    elif args.answer:
-        for node, value in values("--answer", [args.answer]).items():
-            await run.answer(node, value)
-        say(f"run {run.id} has the answer")
-    elif args.explain:
-        show("\n".join(map(escape, await explain(run, await recorded(run), args.at))))
+    for node, value in values("--answer", args.answer).items():
+        await run.answer(node, value)
+    if args.cancel or args.resume or args.answer:
+        say(f"run {run.id} {'is cancelled' if args.cancel else 'goes on'}")
+    if args.explain:
+        lines = await explain(run, [event async for event in recorded(run)], args.at)
+        say("\n".join(map(escape, lines)), sys.stdout)
     elif args.draw:
-        status = await run.status()
-        done = [e for e in await recorded(run) if e["event"] == "done" and e["run"] == run.id]
-        active = "running" if status.status == RUNNING else "failed"
-        states = {event["node"]: "done" for event in done}
-        states |= {n: "waiting" if m in MARKS else active for n, m in status.tokens.items()}
-        show(mermaid(await flow_of(run), states))
-    elif not args.wait:
-        for event in () if args.json else await recorded(run):
-            show(line_of(event, run.id))
-        return await report(args, run)
-    return await follow(args, run) if args.wait else 0
+        say(await draw(run), sys.stdout)
+    return await follow(args, run) if args.wait or not (args.acts or args.draw) else 0
 
 
 async def look(executor: RedisExecutor, jobs: Collection[str] = ()) -> dict[str, str]:
@@ -255,33 +234,27 @@ async def look(executor: RedisExecutor, jobs: Collection[str] = ()) -> dict[str,
     for job in jobs:
         pipe.lpos(ready, job)
     depth, oldest, *rest = await pipe.execute()
-    found, replies, nobody = dict[str, str](), iter(rest), "no worker is alive"
+    found, replies, alive = dict[str, str](), iter(rest), any(rest[: 3 * len(crew) : 3])
     for worker, beat, left, held in zip(crew, replies, replies, replies, strict=False):
-        since, age = json.loads(beat or "{}"), f"heartbeat {6 - left / 1000:.0f} s ago"
+        life = f"heartbeat {6 - left / 1000:.0f} s ago" if beat else "dead; another takes it over"
+        since = json.loads(beat or "{}")
         if beat:
-            nobody = ""
-            found[f"worker {worker}"] = f"has {len(held)} jobs ({age})"
+            found[f"worker {worker}"] = f"has {len(held)} jobs ({life})"
         for job in held:
-            found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
-            if beat:
-                found[job] = (
-                    f"is running on worker {worker} since {since.get(job, 0):.0f} s ({age})"
-                )
-    if nobody and not jobs:
-        say(f"{nobody}; in another terminal, type: python worker.py")
+            found[job] = f"is running on worker {worker} since {since.get(job, 0):.0f} s ({life})"
+    nobody = "" if alive else ", and no worker is alive"
     for job, index in zip(jobs, replies, strict=True):
         if index is not None:
-            place = f"is queued at place {depth - index} of {depth}"
-            found[job] = f"{place}, and {nobody}" if nobody else place
-    return found | {"the queue": f"has {depth} jobs; the oldest: {oldest}"}
+            found[job] = f"is queued at place {depth - index} of {depth}{nobody}"
+    if nobody and not jobs:
+        say("no worker is alive; in another terminal, type: python worker.py")
+    return found | {"queue": f"has {depth} jobs; the oldest: {oldest or 'none'}"}
 
 
-async def recorded(run: RedisRun) -> list[Event]:
+async def recorded(run: Any) -> AsyncIterator[Event]:
     """What has happened so far in a run and its children."""
-    rows = await run.executor.send("XRANGE", run.keys[3], "-", "+")
-    return [
-        json.loads(pairs(row)["event"]) | {"at": int(id.split("-")[0]) / 1000} for id, row in rows
-    ]
+    for id, row in await run.executor.send("XRANGE", run.keys[3], "-", "+"):
+        yield {"at": int(id.split("-")[0]) / 1000, **json.loads(pairs(row)["event"])}
 
 
 async def explain(run: RedisRun, events: list[Event], at: str, indent: str = "") -> list[str]:
@@ -296,9 +269,10 @@ async def explain(run: RedisRun, events: list[Event], at: str, indent: str = "")
     last = {event.get("node"): event for event in events if event["run"] == run.id}
     where = dict.fromkeys(tokens, "waits, too")
     for node, job in jobs.items():
-        until = last.get(node, {}).get("at", 0) + last.get(node, {}).get("delay", 0)
+        retry = last[node] if "delay" in last.get(node, {}) else {"at": 0, "delay": 0}
+        until = retry["at"] + retry["delay"]
         if f"{job} is parked" in parked and parked[job]:
-            command = f"python client.py --run {run.id} --answer {node}=VALUE{at}"
+            command = ANSWER.format(run.id, node) + at
             where[node] = f"waits for a person: {parked[job]} (to answer, type: {command})"
         elif f"{job} is parked" in parked:
             left, count = parked[f"{job} left"], parked[f"{job} count"]
@@ -310,8 +284,8 @@ async def explain(run: RedisRun, events: list[Event], at: str, indent: str = "")
         else:
             where[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
         if until > time.time():
-            error = last[node]["error"]
-            where[node] += f", backs off until {time.ctime(until)[11:19]} after {error}"
+            then = time.ctime(until)[11:19]
+            where[node] += f", backs off until {then} after {retry['error']}"
     for node in tokens.keys() - jobs:
         others = [f"{other}, which {where[other]}" for other in flow.blockers(tokens, node)]
         where[node] = "waits for " + "; and for ".join(others)
@@ -327,13 +301,13 @@ async def overview(args: argparse.Namespace) -> int:
     """Print what the workers do and what waits, or the recent runs."""
     executor = await reach(args.redis)
     for what, place in (await look(executor)).items() if args.workers else ():
-        show(f"{what} {place}")
+        say(f"{what} {place}", sys.stdout)
     send, key = executor.send, executor.key
     for id in await send("ZRANGE", key("runs"), 0, 19, "REV") if args.runs else ():
         if run := pairs(await send("HGETALL", key("run", id))):
             age, flow = time.time() - int(run["created"]), json.loads(run["origin"])["flow"]
             nodes = ", ".join(json.loads(run["tokens"]))
-            show(f"{id}  {flow:<20} {run['status']:<10} {age:>7.0f} s  {nodes}")
+            say(f"{id}  {flow:<20} {run['status']:<10} {age:>7.0f} s  {nodes}", sys.stdout)
     return 0
 
 
@@ -341,6 +315,17 @@ async def flow_of(run: RedisRun) -> Flow:
     """The flow of a run, from the graph that it was started with."""
     text = await run.executor.send("GET", run.executor.key("graph", run.origin.graph))
     return Registry(json.loads(text or "{}"))[run.origin.flow]
+
+
+async def draw(run: RedisRun) -> str:
+    """The graph of a run as Mermaid, coloured by state."""
+    status, states = await run.status(), dict[str, str]()
+    async for event in recorded(run):
+        if event["run"] == run.id and event["event"] == "done":
+            states[event["node"]] = "done"
+    active = "running" if status.status == RUNNING else "failed"
+    states |= {n: "waiting" if mark in MARKS else active for n, mark in status.tokens.items()}
+    return mermaid(await flow_of(run), states)
 
 
 def mermaid(flow: Flow, states: Mapping[str, str]) -> str:
@@ -368,9 +353,10 @@ def main(argv: list[str]) -> int:
         does = steer if args.run else overview if args.runs or args.workers else start
         return asyncio.run(does(args))
     except (GraphError, RunError, RedisError) as error:
-        say(error)
+        say(str(error))
         return 2
     except KeyboardInterrupt:
+        say("the run ends here" if args.local else "a run on Redis goes on without this client")
         return 130
     except BrokenPipeError:  # nobody reads on; at exit Python would try once more, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

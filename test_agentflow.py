@@ -5,7 +5,8 @@ the one of the README. What is about faults runs on real worker processes, which
 Each test on Redis has a namespace of its own and ends in `check_invariants`.
 
 Sections: 1 Test nodes and graphs, 2 The rule, 3 Meaning, 4 Graph files, 5 Models,
-6 The use cases, 7 Faults, 8 Steering, 9 Pure things, 10 The command lines.
+6 The use cases, 7 Faults, 8 Steering, 9 Pure things, 10 The command lines, 11 Security,
+12 Steering that races, 13 Signals, pipes and terminals, 14 Patterns, 15 Proofs, 16 The README.
 
 As a script this file is a worker with a short lease: test_agentflow.py URL NAMESPACE OPTIONS
 """
@@ -38,8 +39,13 @@ import pytest
 import redis
 from redis import exceptions
 
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE / ".ci")]
+
 import agentflow
+import faults
 import graphs.nodes
+import prove
 from agentflow import (
     CANCELLED,
     COMPLETED,
@@ -66,8 +72,8 @@ from agentflow import (
     new_id,
     result_of,
 )
+from graphs.patterns import draw
 
-HERE = Path(__file__).resolve().parent
 LEASE, BEAT = 1.5, 0.25  # of the workers here: long enough for a busy machine, short to wait for
 pytestmark = pytest.mark.anyio
 
@@ -2506,3 +2512,132 @@ async def test_a_second_signal_ends_a_worker_at_once_and_its_job_is_not_lost(
 
 if __name__ == "__main__":
     asyncio.run(work(*sys.argv[1:]))
+
+
+# ── 14. Patterns ─────────────────────────────────────────────────────────────────────────────
+
+PATTERNS = Registry.load(HERE / "graphs" / "patterns")
+EXPECTED = {id: graph["expect"] for id, graph in PATTERNS.graphs.items() if "expect" in graph}
+
+
+async def played(run: Any, expected: dict[str, Any]) -> dict[str, Any]:
+    """What came of a run that is answered, or cancelled, as `expect` says; in its form."""
+    done = dict.fromkeys(expected["nodes"], 0)
+    answers = {node: iter(given) for node, given in expected.get("answers", {}).items()}
+    async for event in run.events():
+        node = event.get("node", "")
+        if event["run"] != run.id:  # of a child
+            node = f"{event['flow']}/{node}"
+        if event["event"] == "done":
+            done[node] = done.get(node, 0) + 1
+        elif event["event"] == "parked" and node == expected.get("cancel_at"):
+            await run.cancel()
+        elif event["event"] == "parked" and event.get("question"):
+            await run.answer(node, next(answers[node]))
+    status = await run.status()
+    came = {"result": status.result} if status.status == COMPLETED else {"status": status.status}
+    return {"nodes": done} | came
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+async def test_each_pattern_does_what_its_file_says(executor: Any, name: str) -> None:
+    expected = EXPECTED[name]
+    if isinstance(executor, OneByOne) and {"answers", "cancel_at"} & expected.keys():
+        return  # it gives a run when that has ended
+    run = await PATTERNS[name].run({}, executor)
+    if "cancel_at" in expected and not hasattr(run, "cancel"):
+        assert isinstance(executor, InMemoryExecutor)  # there, to end the process is to cancel
+        return
+
+    came = await asyncio.wait_for(played(run, expected), 20)
+
+    assert came == {key: expected[key] for key in ("nodes", "result", "status") if key in expected}
+
+
+def test_the_page_of_patterns_is_drawn_from_the_graphs() -> None:
+    page = (HERE / "graphs" / "patterns" / "README.md").read_text("utf-8")
+
+    assert draw.drawn(page) == page
+    assert all(f"({name}.json)" in page for name in PATTERNS)
+
+
+# ── 15. Proofs ───────────────────────────────────────────────────────────────────────────────
+# Small doses of what `.ci/soak` does for hours.
+
+
+def test_the_rule_never_sticks_and_does_not_depend_on_time() -> None:
+    figures, wrong = prove.many(prove.rule, range(2000))
+
+    assert not wrong
+    assert figures["accepted"] > 1500
+
+
+def test_random_flows_do_the_same_in_memory_and_on_redis() -> None:
+    figures, wrong = prove.differential(range(200))
+
+    assert not wrong
+    assert figures["graphs"] > 150
+
+
+def test_any_order_of_commands_and_faults_gives_the_same() -> None:
+    figures, wrong = prove.gate(range(500))
+
+    assert not wrong
+    assert min(figures[fault] for fault in ("kill", "reaped", "refused", "audited")) > 0
+
+
+@pytest.mark.parametrize("name", faults.DOSES)
+def test_runs_survive(name: str) -> None:
+    faults.prove(name, **faults.DOSES[name])
+
+
+# ── 16. The README ───────────────────────────────────────────────────────────────────────────
+
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def test_the_readmes_example_prints_what_it_says(tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```\n\nIt prints `", README, re.S)
+    [printed] = re.findall(r"\nIt prints `(.*?)`", README)
+    (tmp_path / "example.py").write_text(code, "utf-8")
+
+    done = subprocess.run(
+        [sys.executable, tmp_path / "example.py"],
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.strip() == printed
+
+
+def test_the_readme_names_the_keys_that_the_engine_names() -> None:
+    readme = re.findall(r"^\| `(\S+)` \| ([\w ]+) \| (.*) \|$", README, re.M)
+    types = "list|hash|string|stream|sorted set"
+    engine = re.findall(rf"^#   (\S+) +({types}) +(\S.*)$", SOURCE, re.M)
+
+    assert len(readme) == 11
+    assert readme == engine
+
+
+def test_the_readme_names_tests_that_exist() -> None:
+    named = re.findall(r"`(test_[a-z_0-9]+)`", README)
+    source = Path(__file__).read_text("utf-8")
+
+    assert len(named) > 8
+    assert [name for name in named if f"def {name}(" not in source] == []
+
+
+def test_the_readme_lists_the_fields_of_the_node_types() -> None:
+    lines = dict(re.findall(r"^\| `([\w-]+)` \| (`\w+`.*?) \|", README, re.M))
+
+    for name, text in lines.items():
+        fields = Registry.types[name].fields
+        told = {field: not mark for field, mark in re.findall(r"`(\w+)`(\??)", text)}
+        assert told == {field: kind.required for field, kind in fields.items()}, name
+    assert lines.keys() >= {"llm-process", "map", "wait", "switch"}
+
+
+def test_the_readme_is_read_in_ten_minutes() -> None:
+    assert len(README.split()) <= 1700

@@ -32,6 +32,8 @@ class OneLine(logging.Formatter):
 async def work(args: argparse.Namespace) -> None:
     """Work until a signal comes. RunError where Redis is not there or will not do."""
     set_up(args)
+    if args.concurrency < 1:
+        raise RunError("--concurrency must be at least 1")
     executor = await reach(args.redis)
     worker = Worker(args.redis, concurrency=args.concurrency, grace=args.grace)
 
@@ -61,7 +63,7 @@ async def work(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--concurrency", type=int, choices=range(1, 1001), default=10, metavar="N")
+    parser.add_argument("--concurrency", type=int, default=10, metavar="N")
     parser.add_argument("--import", metavar="MODULE", action="append", default=[])
     parser.add_argument("--redis", metavar="URL", help="REDIS_URL, else redis://localhost:6379")
     parser.add_argument("--grace", type=float, default=30, help="seconds to finish in (30)")

@@ -87,7 +87,7 @@ class Bad(Node):
         return {1} if how == "no JSON" else how
 
 
-TYPES = {"pure": Slow, "asking": Asking, "bad": Bad}
+TYPES = {"hash": Slow, "asking": Asking, "bad": Bad}
 
 
 def bad_flow(how: str, mark: Path, **config: Any) -> Flow:
@@ -100,7 +100,7 @@ def bad_flow(how: str, mark: Path, **config: Any) -> Flow:
 def asking(flow: Flow, rng: random.Random) -> Flow:
     """The same with two nodes that ask a person first, and none that waits to be mended."""
     graphs = copy.deepcopy(dict(flow.registry.graphs))
-    pure = [node for node in graphs["main"]["nodes"] if node["type"] == "pure"]
+    pure = [node for node in graphs["main"]["nodes"] if node["type"] == "hash"]
     for node in pure:
         node["data"].pop("mend", None)
     for node in rng.sample(pure, min(2, len(pure))):
@@ -124,7 +124,11 @@ async def answer(run: Any) -> int:
 async def right_of(flow: Flow) -> Result:
     """What is right: the run in memory."""
     run: Any = await flow.run({"mend": True})
-    await asyncio.gather(answer(run), run.result())
+    answering = asyncio.ensure_future(answer(run))
+    try:
+        await run.result()
+    finally:
+        answering.cancel()
     return await ended(run)
 
 
@@ -149,14 +153,20 @@ class Server:
         self.folder = Path(tempfile.mkdtemp(prefix="faults-"))
         self.url = f"redis://127.0.0.1:{self.port}"
         self.admin = redis.Redis(port=self.port, decode_responses=True)
-        self.aof = self.folder / "appendonlydir/appendonly.aof.1.incr.aof"
         self.start()
+        self.aof = next(self.folder.glob("**/*.incr.aof"), self.folder / "appendonly.aof")
         if aof:
             self.restart(aof)
 
     def start(self) -> None:
         """Start with what the file has."""
-        command = ["redis-server", "--port", str(self.port), "--dir", str(self.folder)]
+        command = [
+            os.environ.get("REDIS_SERVER", "redis-server"),
+            "--port",
+            str(self.port),
+            "--dir",
+            str(self.folder),
+        ]
         command += ["--save", "", "--appendonly", "yes", "--aof-use-rdb-preamble", "no"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while True:
@@ -239,6 +249,12 @@ class Crew:
             self.alive[-1].start()
         return missing
 
+    def kill(self, process: Any) -> int:
+        """SIGKILL one, and start another; gives how many died."""
+        process.kill()
+        process.join()
+        return self.fill()
+
     def counts(self) -> Counter[str]:
         """What they have counted."""
         names = [*Worker().counts]
@@ -269,9 +285,7 @@ class Proxy:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.port)
         self.modes[wire := (writer, up_writer)] = ""
-        pumps = self.pump(wire, reader, up_writer), self.pump(wire, up_reader, writer)
-        await asyncio.gather(*pumps)
-        del self.modes[wire]
+        await asyncio.gather(self.pump(wire, reader, up_writer), self.pump(wire, up_reader, writer))
 
     async def pump(self, wire: Any, source: Any, sink: Any) -> None:
         with contextlib.suppress(OSError):
@@ -292,20 +306,18 @@ class Proxy:
 
     def strike(self, rng: random.Random) -> None:
         """Do something to one of the connections that are well."""
+        live = {wire: mode for wire, mode in self.modes.items() if not wire[0].is_closing()}
         modes = ["cut"] * 8 + ["swallow"] * 8 + ["delay"] * 2
-        modes += [] if "silent" in self.modes.values() else ["silent"]  # it costs five seconds
+        modes += [] if "silent" in live.values() else ["silent"]  # it costs seconds
         new = [mode for mode in modes if not self.figures[mode]]
-        if wires := [wire for wire, mode in self.modes.items() if not mode]:
+        if wires := [wire for wire, mode in live.items() if not mode]:
             wire, mode = rng.choice(wires), rng.choice(new or modes)
             self.modes[wire] = mode
             self.figures[mode] += 1
             if mode == "cut":
                 self.cut(wire)
             elif mode == "delay":
-                heal = {wire: ""}
-                asyncio.get_running_loop().call_later(
-                    1, lambda: self.modes.update(heal if wire in self.modes else {})
-                )
+                asyncio.get_running_loop().call_later(1, self.modes.update, {wire: ""})
 
 
 # ── The stage ────────────────────────────────────────────────────────────────────────────────
@@ -342,9 +354,10 @@ class Stage:
         """A random flow with so many jobs, whether it fails at first, and what is right."""
         while True:
             if found := flows_of(next(self.seeds)):
-                right = await right_of(found[0])
-                if least <= sum(right[1].values()) <= most:
-                    return *found, right
+                with contextlib.suppress(RunError):  # a loop without an end
+                    right = await right_of(found[0])
+                    if least <= sum(right[1].values()) <= most:
+                        return *found, right
 
     async def one(self, flow: Flow, mend: bool, right: Result) -> None:
         """One run of a flow."""
@@ -430,10 +443,7 @@ async def kill_some(stage: Stage) -> None:
     """SIGKILL a random worker every 150 to 400 ms, and start another."""
     while not stage.over:
         await asyncio.sleep(stage.rng.uniform(0.15, 0.4))
-        process = stage.rng.choice(stage.crew.alive)
-        process.kill()
-        process.join()
-        stage.figures["kills"] += stage.crew.fill()
+        stage.figures["kills"] += stage.crew.kill(stage.rng.choice(stage.crew.alive))
 
 
 async def f1(runs: int, kills: int, seed: int = 0) -> Counter[str]:
@@ -558,7 +568,7 @@ async def f5(runs: int, seed: int = 0) -> Counter[str]:
     return stage.happened(*ends, "exits of workers", "buried")
 
 
-async def f6(graphs: int, seed: int = 0, at_once: int = 8) -> Counter[str]:
+async def f6(graphs: int, seed: int = 0, at_once: int = 12) -> Counter[str]:
     """Power loss after each transaction of so many runs: a new worker ends it on a new server; and
     on the old one, workers that still hold jobs and decisions of the future that was lost."""
     figures, slots, rng = Counter[str](), asyncio.Semaphore(at_once), random.Random(seed)
@@ -575,15 +585,16 @@ async def f6(graphs: int, seed: int = 0, at_once: int = 8) -> Counter[str]:
             server, more = stage.server, after + rng.randrange(1, 12)
             run = await stage.executor.run(flow, {"mend": not mend})
             begun = len(server.transactions())
-            following = asyncio.ensure_future(run.result())
             await wait_until(
-                lambda: following.done() or len(server.transactions()) >= begun + more, "it runs"
-            )
+                lambda: len(server.transactions()) >= begun + more
+                or server.admin.hget(run.keys[0], "status") != RUNNING, "it runs",
+            )  # fmt: skip
             server.kill()
             ends = server.transactions()[begun - 1 :]
             figures["transactions lost"] += max(0, len(ends) - 1 - after)
             server.restart(server.aof.read_bytes()[: ends[: after + 1][-1]])
-            await asyncio.wait([following])
+            if rng.random() < 0.5:  # what only one of them remembers must not be lost with it
+                figures["kills"] += stage.crew.kill(stage.crew.alive[0])
             compare(right, await stage.ended(run))
             figures["cuts with workers alive"] += 1
 
@@ -661,10 +672,8 @@ async def recovery(times: int, seed: int = 0) -> Counter[str]:
             mark = stage.server.folder / f"mark{i}"
             run = await stage.executor.run(bad_flow("begins", mark), {})
             await wait_until(mark.exists, "it begins")
-            stage.crew.alive[0].kill()
-            stage.crew.alive[0].join()
             killed = time.time()
-            figures["kills"] += stage.crew.fill()
+            figures["kills"] += stage.crew.kill(stage.crew.alive[0])
             await run.result()
             again = float(mark.read_text().split()[1])
             figures[longest] = max(figures[longest], again - killed)
@@ -686,8 +695,6 @@ DOSES: dict[str, dict[str, int]] = {  # in CI
 }
 
 
-def prove(name: str, **dose: int) -> dict[str, float]:
-    """Do it; gives the figures, with the seconds that it took."""
-    started = time.monotonic()
-    figures = asyncio.run(FAULTS[name](**dose))
-    return {"seconds": time.monotonic() - started, **figures}
+def prove(name: str, **dose: int) -> Counter[str]:
+    """Do it; gives the figures."""
+    return asyncio.run(FAULTS[name](**dose))

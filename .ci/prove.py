@@ -125,7 +125,7 @@ class Pure(Node):
         return choose(self.data, labels, ctx.visit, int(prepared["digest"], 16))
 
 
-Registry.add("pure", Pure)
+Registry.add("hash", Pure)
 
 
 # ── 2. Random graphs ─────────────────────────────────────────────────────────────────────────
@@ -158,11 +158,11 @@ class Builder:
             actions = {"x": None} | {a: None for s, _, a in self.edges if s == source}
             action = self.rng.choice([*actions])
             types = {self.nodes[source]["type"], self.nodes[target]["type"]}
-            if types == {"pure"} and action != "done":  # a loop ends by that
+            if types == {"hash"} and action != "done":  # a loop ends by that
                 self.edges[source, target, action] = None
         return as_graph(self.rng, [*self.nodes.values()], self.edges, self.wild)
 
-    def node(self, type: str = "pure", **data: Any) -> str:
+    def node(self, type: str = "hash", **data: Any) -> str:
         self.left -= 1
         id = f"n{len(self.nodes)}"
         self.nodes[id] = {"id": id, "type": type, "data": data, "config": {"timeout": 86400}}
@@ -258,7 +258,7 @@ def unplanned(rng: random.Random) -> Graph:
     """Nodes and edges without any plan."""
     ids = [f"n{i}" for i in range(rng.randrange(2, 9))]
     labels = rng.choice(["aab", "aaa", "ab", "abc"])
-    nodes = [{"id": id, "type": "pure", "data": {"limit": rng.randrange(1, 4)}} for id in ids]
+    nodes = [{"id": id, "type": "hash", "data": {"limit": rng.randrange(1, 4)}} for id in ids]
     edges: dict[Edge, None] = {}
     for _ in range(rng.randrange(len(ids) - 1, 2 * len(ids) + 2)):
         source, target = rng.choices(range(len(ids)), k=2)
@@ -270,7 +270,7 @@ def unplanned(rng: random.Random) -> Graph:
 
 def as_graph(rng: random.Random, nodes: list[Any], edges: Iterable[Edge], wild: bool) -> Graph:
     """A graph; its starts and the heads of its loops go by the order of its nodes."""
-    if wild and rng.random() < 0.5 and all(node["type"] == "pure" for node in nodes):
+    if wild and rng.random() < 0.5 and all(node["type"] == "hash" for node in nodes):
         rng.shuffle(nodes)
     return {
         "nodes": nodes,
@@ -295,14 +295,14 @@ def add_inputs(rng: random.Random, graph: Graph) -> None:
     """Let nodes read what others write, and share keys, wherever the loader allows it (I4)."""
     graph["inputs"] = {"seed": rng.randrange(1000), "item": 0}
     graph["inputs"] |= {f"list{n}": [*range(n)] for n in range(6)}
-    bare = [{"id": node["id"], "type": "pure"} for node in graph["nodes"]]
+    bare = [{"id": node["id"], "type": "hash"} for node in graph["nodes"]]
     flow = Flow("", {"nodes": bare, "edges": graph["edges"]}, Registry({}))
     writers: dict[str, list[str]] = {node["id"]: [node["id"]] for node in bare}
 
     def free(node: str, key: str) -> bool:
         return not any(may_overlap(flow, node, other) for other in writers[key] if other != node)
 
-    pure = [node for node in graph["nodes"] if node["type"] == "pure"]
+    pure = [node for node in graph["nodes"] if node["type"] == "hash"]
     for node in pure:
         key = rng.choice([*writers])
         if rng.random() < 0.15 and key != node["id"] and free(node["id"], key):
@@ -499,7 +499,7 @@ def flows_of(seed: int, size: int = 12) -> tuple[Flow, bool] | None:
     rng = random.Random(seed)
     flows = random_flows(rng, size, children=rng.randrange(1, 3))
     sources = {e["source"] for e in flows["main"]["edges"] if e.get("action") == ERROR}
-    pure = [n for n in flows["main"]["nodes"] if n["type"] == "pure" and n["id"] not in sources]
+    pure = [n for n in flows["main"]["nodes"] if n["type"] == "hash" and n["id"] not in sources]
     if fails := bool(pure) and rng.random() < 0.3:
         rng.choice(pure)["data"]["mend"] = True
     try:

@@ -21,7 +21,6 @@ from agentflow import (
     Finding,
     Flow,
     Loop,
-    Node,
     Registry,
     encode,
 )
@@ -199,15 +198,16 @@ def check_loops(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_keys(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
     """Nodes that may run at the same time and use one key that one of them writes (I4)."""
-    users: dict[str, list[Node]] = {}
-    for node in flow.nodes.values():
-        for key in node.reads() | node.writes():
-            users.setdefault(key, []).append(node)
+    writes = {id: node.writes() for id, node in flow.nodes.items()}
+    users: dict[str, list[str]] = {}
+    for id, node in flow.nodes.items():
+        for key in node.reads() | writes[id]:
+            users.setdefault(key, []).append(id)
     for key, nodes in users.items():
         for one, other in itertools.combinations(nodes, 2):
-            if key in one.writes() | other.writes() and may_overlap(flow, one.id, other.id):
-                both = f'"{one.id}" and "{other.id}" may run at the same time, and one writes'
-                yield places[other.id], f'{both} the key "{key}", which the other one uses (I4)'
+            if (key in writes[one] or key in writes[other]) and may_overlap(flow, one, other):
+                both = f'"{one}" and "{other}" may run at the same time, and one writes'
+                yield places[other], f'{both} the key "{key}", which the other one uses (I4)'
 
 
 def unavoidable(flow: Flow) -> set[str]:
