@@ -336,7 +336,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, retrying: Retrying)
             if limit.expired():
                 reason = f"no result within {node.timeout} seconds"
             if failures > node.retries:
-                raise TimeoutError(reason) if limit.expired() else error
+                raise (TimeoutError(reason) if limit.expired() else error) from None
         retrying(reason, delay)
         await asyncio.sleep(delay)
 
@@ -886,7 +886,7 @@ def too_many_steps(node: str) -> str:
 # Redis runs as a whole; it checks first and writes last, for Lua has no roll-back.
 #
 #   key                    type        holds
-#   ready                  list        jobs that any worker may take: LPUSH in, BLMOVE RIGHT LEFT out
+#   ready                  list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
 #   processing:<worker>    list        what this worker has taken and not yet given back
 #   workers                sorted set  who exists, by the time of joining
 #   buried                 sorted set  who was found dead, by the time of that; for a day
@@ -994,7 +994,8 @@ class Script:
 #   KEYS  .. ready, graph, runs
 #   a     run version origin tokens visits jobs event parent, graph or (of a child) count
 START = Script("""
-if call('EXISTS', run) == 1 or (a.parent ~= '' and not is_active(parent, a.parent)) then return 0 end
+if call('EXISTS', run) == 1 then return 0 end
+if a.parent ~= '' and not is_active(parent, a.parent) then return 0 end
 local now = call('TIME')[1]
 call('HSET', run, 'status', 'running', 'version', a.version, 'origin', a.origin, 'created', now,
      'tokens', a.tokens, 'visits', a.visits, 'steps', 0)
@@ -1122,7 +1123,8 @@ return moved
 #   gives 0 if the worker was buried
 BEAT = Script("""
 if a.born then call('ZADD', KEYS[2], call('TIME')[1], a.worker) end
-if call('PEXPIRE', KEYS[1], a.lease) == 0 and not call('ZSCORE', KEYS[2], a.worker) then return 0 end
+local alive = call('PEXPIRE', KEYS[1], a.lease) == 1
+if not alive and not call('ZSCORE', KEYS[2], a.worker) then return 0 end
 redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
 return 1
 """)

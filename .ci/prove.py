@@ -150,7 +150,7 @@ class Builder:
     def graph(self) -> Graph:
         """The whole."""
         for _ in range(self.rng.choice([1, 1, 1, 2])):  # starts; they may join
-            entry, ends = self.block(0)
+            _, ends = self.block(0)
             if self.rng.random() < 0.5:
                 self.join(ends, self.node())
         for _ in range(self.rng.randrange(4) if self.wild else 0):
