@@ -1619,7 +1619,7 @@ class Worker:
         if origin.graph not in self._registries:
             graph = await self.send("GET", self.key("graph", origin.graph))
             self._registries = dict([*self._registries.items()][-99:])
-            self._registries[origin.graph] = Registry(json.loads(graph or "{}"))
+            self._registries.setdefault(origin.graph, Registry(json.loads(graph or "{}")))
         return self._registries[origin.graph][origin.flow]
 
     async def _admit(self, view: View, job: str, crashes: int, parked: dict[str, str]) -> None:

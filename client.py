@@ -236,12 +236,15 @@ async def look(executor: RedisExecutor, jobs: Collection[str] = ()) -> dict[str,
     depth, oldest, *rest = await pipe.execute()
     found, replies, alive = dict[str, str](), iter(rest), any(rest[: 3 * len(crew) : 3])
     for worker, beat, left, held in zip(crew, replies, replies, replies, strict=False):
-        life = f"heartbeat {6 - left / 1000:.0f} s ago" if beat else "dead; another takes it over"
-        since = json.loads(beat or "{}")
+        since, age = json.loads(beat or "{}"), f"heartbeat {6 - left / 1000:.0f} s ago"
         if beat:
-            found[f"worker {worker}"] = f"has {len(held)} jobs ({life})"
+            found[f"worker {worker}"] = f"has {len(held)} jobs ({age})"
         for job in held:
-            found[job] = f"is running on worker {worker} since {since.get(job, 0):.0f} s ({life})"
+            found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
+            if beat:
+                found[job] = (
+                    f"is running on worker {worker} since {since.get(job, 0):.0f} s ({age})"
+                )
     nobody = "" if alive else ", and no worker is alive"
     for job, index in zip(jobs, replies, strict=True):
         if index is not None:
@@ -319,10 +322,9 @@ async def flow_of(run: RedisRun) -> Flow:
 
 async def draw(run: RedisRun) -> str:
     """The graph of a run as Mermaid, coloured by state."""
-    status, states = await run.status(), dict[str, str]()
-    async for event in recorded(run):
-        if event["run"] == run.id and event["event"] == "done":
-            states[event["node"]] = "done"
+    status, events = await run.status(), [event async for event in recorded(run)]
+    here = [event for event in events if event["run"] == run.id and event["event"] == "done"]
+    states = {event["node"]: "done" for event in here}
     active = "running" if status.status == RUNNING else "failed"
     states |= {n: "waiting" if mark in MARKS else active for n, mark in status.tokens.items()}
     return mermaid(await flow_of(run), states)

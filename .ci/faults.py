@@ -568,7 +568,7 @@ async def f5(runs: int, seed: int = 0) -> Counter[str]:
     return stage.happened(*ends, "exits of workers", "buried")
 
 
-async def f6(graphs: int, seed: int = 0, at_once: int = 12) -> Counter[str]:
+async def f6(graphs: int, jobs: int = 24, seed: int = 0, at_once: int = 12) -> Counter[str]:
     """Power loss after each transaction of so many runs: a new worker ends it on a new server; and
     on the old one, workers that still hold jobs and decisions of the future that was lost."""
     figures, slots, rng = Counter[str](), asyncio.Semaphore(at_once), random.Random(seed)
@@ -601,7 +601,7 @@ async def f6(graphs: int, seed: int = 0, at_once: int = 12) -> Counter[str]:
     for _ in range(graphs):
         async with on_stage(next(seeds), 1, 0.01, **brief) as stage:
             stage.seeds = seeds
-            flow, mend, right = await stage.flow(4, 24)
+            flow, mend, right = await stage.flow(4, jobs)
             run = await stage.executor.run(flow, {"mend": not mend})
             begun = len(stage.server.transactions())
             await stage.ended(run)
@@ -688,7 +688,7 @@ DOSES: dict[str, dict[str, int]] = {  # in CI
     "F3": {"rounds": 6},
     "F4": {"cuts": 30},
     "F5": {"runs": 50},
-    "F6": {"graphs": 2},
+    "F6": {"graphs": 2, "jobs": 12},
     "F7": {"jobs": 1000},
     "steer": {"runs": 15},
     "recovery": {"times": 1},
