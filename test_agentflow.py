@@ -1791,6 +1791,30 @@ async def test_a_job_that_comes_into_a_buried_workers_list_is_found(space: Space
     assert (await end_of(run)).status == COMPLETED and reaper.counts["reaped"] == 1
 
 
+async def test_a_commit_ends_the_custody_of_its_jobs_at_once(space: Space) -> None:
+    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
+    run = await flow("a -> b c -> d").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+
+    assert space.redis.lrange(worker.processing, 0, -1) == []
+
+
+async def test_what_is_reaped_is_moved_and_not_copied(space: Space, gate: Path) -> None:
+    dying = space.process()
+    run = await flow("a -> b", a={"gate": str(gate)}).run({}, space.executor)
+    await wait_until(lambda: begun(gate, "a"))
+    [held] = [name for name in space.names() if ":processing:" in name]
+
+    dying.kill()
+    space.process()
+    await wait_until(lambda: len(begun(gate, "a")) == 2)
+
+    assert space.redis.lrange(held, 0, -1) == []
+    (gate / "a.go").touch()
+    assert (await end_of(run)).status == COMPLETED
+
+
 async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space) -> None:
     good = flow("a b -> c -> d; d -more-> a; d -done-> e", d={"actions": ["more", "done"]})
     poison = flow("a -> b", b={"type": "poison"})

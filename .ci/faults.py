@@ -39,6 +39,7 @@ from agentflow import RedisExecutor, RedisRun, Registry, RunError, Worker
 from prove import Pure, Result, Wrong, compare, ended, flows_of
 
 LEASE = 1.0
+COUNTS = [*Worker().counts]
 LIMITS = {"lease": LEASE, "beat": 0.2, "grace": 10.0}
 Harm = Callable[[], Coroutine[Any, Any, None]]
 
@@ -211,7 +212,7 @@ class Tally(dict[str, int]):
 
     def __setitem__(self, name: str, count: int) -> None:
         super().__setitem__(name, count)
-        self.cells[[*self].index(name)] = count
+        self.cells[COUNTS.index(name)] = count
 
 
 def work(url: str, cells: Any, pause: float, options: dict[str, Any]) -> None:
@@ -257,8 +258,7 @@ class Crew:
 
     def counts(self) -> Counter[str]:
         """What they have counted."""
-        names = [*Worker().counts]
-        return Counter({name: sum(c[i] for c in self.cells) for i, name in enumerate(names)})
+        return Counter({name: sum(c[i] for c in self.cells) for i, name in enumerate(COUNTS)})
 
     async def stop(self, killed: int = 0) -> None:
         """SIGTERM all but so many, which get SIGKILL; each ends as it should."""
@@ -335,13 +335,22 @@ class Stage:
         self.figures = figures
         self.over = False  # no more harm is to be done
 
-    async def load(self, enough: Callable[[], bool], harm: Harm, at_once: int = 8) -> None:
-        """Run flows while harm is done, until it is enough; each ends as it does in memory."""
+    async def load(
+        self, enough: Callable[[], bool], harm: Harm, *names: str, at_once: int = 8
+    ) -> None:
+        """Run flows while harm is done, until it is enough and these figures are not nothing (or a
+        minute more); each ends as it does in memory."""
+        deadline = float("inf")
 
         async def some() -> None:
+            nonlocal deadline
             while not self.over:
                 await self.one(*await self.flow())
-                self.over = self.over or enough() or harming.done()
+                if harming.done() or enough():
+                    deadline = min(deadline, time.monotonic() + 60)
+                    figures = self.figures + self.crew.counts()
+                    happened = all(figures[name] for name in names)
+                    self.over = harming.done() or happened or time.monotonic() > deadline
 
         harming = asyncio.ensure_future(harm())
         try:
@@ -451,7 +460,9 @@ async def f1(runs: int, kills: int, seed: int = 0) -> Counter[str]:
     async with on_stage(seed) as stage:
         figures = stage.figures
         await stage.load(
-            lambda: figures["runs"] >= runs and figures["kills"] >= kills, lambda: kill_some(stage)
+            lambda: figures["runs"] >= runs and figures["kills"] >= kills,
+            lambda: kill_some(stage),
+            "reaped",
         )
     return stage.happened("kills", "reaped")
 
@@ -462,7 +473,7 @@ async def f2(zombies: int, seed: int = 0) -> Counter[str]:
         free = [*stage.crew.alive]
 
         async def freeze() -> None:
-            while not stage.over and stage.figures["zombies"] < zombies:
+            while not stage.over:
                 stage.figures["zombies"] += 1
                 process = free.pop(stage.rng.randrange(len(free)))
                 os.kill(process.pid, signal.SIGSTOP)
@@ -473,7 +484,8 @@ async def f2(zombies: int, seed: int = 0) -> Counter[str]:
         async def harm() -> None:
             await asyncio.gather(freeze(), freeze(), freeze())
 
-        await stage.load(lambda: False, harm)
+        happens = "reaped", "buried", "refused"
+        await stage.load(lambda: stage.figures["zombies"] >= zombies, harm, *happens)
     return stage.happened("zombies", "reaped", "buried", "refused")
 
 
@@ -530,7 +542,7 @@ async def f4(cuts: int, seed: int = 0) -> Counter[str]:
                 await asyncio.sleep(stage.rng.uniform(0.02, 0.2))
                 stage.proxy.strike(stage.rng)
 
-        await stage.load(lambda: figures["cut"] + figures["swallowed"] >= cuts, harm)
+        await stage.load(lambda: figures["cut"] + figures["swallowed"] >= cuts, harm, "audited")
         for wire in [*stage.proxy.modes]:
             stage.proxy.cut(wire)
     return stage.happened("cut", "swallowed", "delay", "silent", "audited")
@@ -624,7 +636,7 @@ async def f7(jobs: int, seed: int = 0) -> Counter[str]:
             figures["ended"] += stage.crew.fill()
             await wait_until(lambda: stage.over, "enough", 600)
 
-        await stage.load(lambda: figures["jobs"] >= jobs, harm)
+        await stage.load(lambda: figures["jobs"] >= jobs, harm, at_once=24)
     return stage.happened("ended", "reaped")
 
 
@@ -659,8 +671,9 @@ async def steer(runs: int, seed: int = 0) -> Counter[str]:
                     await stage.one(flow, False, await right_of(flow))
             await killing
 
-        await stage.load(lambda: figures["runs"] >= runs, harm, 6)
-    return stage.happened("answered", "resumed", "cancelled", "kills", "reaped")
+        happens = "answered", "resumed", "cancelled", "kills", "reaped"
+        await stage.load(lambda: figures["runs"] >= runs, harm, *happens)
+    return stage.happened(*happens)
 
 
 async def recovery(times: int, seed: int = 0) -> Counter[str]:
