@@ -677,6 +677,19 @@ class GatedPipeline(redis.asyncio.client.Pipeline):
         return replies
 
 
+def route(link: Any, client: GatedClient) -> None:
+    """Let all that a link sends pass the gate."""
+
+    async def ask(commands: list[tuple[Any, ...]]) -> list[Any]:
+        async with client.pipeline(transaction=False) as pipe:
+            for command in commands:
+                pipe.execute_command(*command)
+            replies: list[Any] = await pipe.execute(raise_on_error=False)
+        return replies
+
+    link.client, link.ask = client, ask
+
+
 @dataclass
 class Waiting:
     """Somebody at the gate."""
@@ -790,7 +803,7 @@ class Story:
         self.flow, self.mend, self.right, self.gate, self.rng = flow, mend, right, gate, gate.rng
         self.space = f"gate-{seed}"
         self.executor = RedisExecutor("redis://gate", self.space)
-        self.executor.link.client = GatedClient.at(gate, "client")
+        route(self.executor.link, GatedClient.at(gate, "client"))
         self.crew: dict[str, Worker] = {}  # all that ever were
         self.cancels = self.rng.random() < 0.15
         self.crashes = 4  # as many as a job survives
@@ -807,7 +820,7 @@ class Story:
             grace=self.rng.choice([0, 30]),
         )  # fmt: skip
         worker.fetch = GatedClient.at(self.gate, name)
-        worker.executor.link.client = GatedClient.at(self.gate, name)
+        route(worker.executor.link, GatedClient.at(self.gate, name))
         self.crew[name] = worker
 
         async def work() -> None:
