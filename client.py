@@ -173,7 +173,7 @@ async def follow(args: argparse.Namespace, run: Run) -> int:
     async for event in run.events() if wait else recorded(run):
         say(line_of(event, run.id), out)
         if question := event.get("question"):
-            say("    | " + question.replace("\n", "\n    | "), out)
+            say("    | " + escape(question, "\n").replace("\n", "\n    | "), out)
         if question and isinstance(run, MemoryRun):
             await run.answer(event["node"], await ask(), event["run"])
         elif question and wait:
@@ -358,7 +358,7 @@ def main(argv: list[str]) -> int:
         say(str(error))
         return 2
     except KeyboardInterrupt:
-        say("the run ends here" if args.local else "a run on Redis goes on without this client")
+        say("the run ends here" if args.local else "the run goes on; --run ID --wait follows it again")
         return 130
     except BrokenPipeError:  # nobody reads on; at exit Python would try once more, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
