@@ -50,7 +50,7 @@ def escape(text: object, keep: str = "") -> str:
 
 def public(url: str) -> str:
     """A URL that was understood, without password and options."""
-    return escape(re.sub(r"(?<=//).*@|\?.*", "", url))
+    return escape(re.sub(r":(/*).*@|\?.*", lambda m: f":{m[1]}" if m[0][0] == ":" else "", url))
 
 
 def say(text: str, to: Any = sys.stderr) -> None:
@@ -358,7 +358,11 @@ def main(argv: list[str]) -> int:
         say(str(error))
         return 2
     except KeyboardInterrupt:
-        say("the run ends here" if args.local else "the run goes on; --run ID --wait follows it again")
+        say(
+            "the run ends here"
+            if args.local
+            else "the run goes on; --run ID --wait follows it again"
+        )
         return 130
     except BrokenPipeError:  # nobody reads on; at exit Python would try once more, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

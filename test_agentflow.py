@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import doctest
 import hashlib
 import http.server
@@ -23,6 +24,7 @@ import itertools
 import json
 import logging
 import os
+import pty
 import re
 import shutil
 import signal
@@ -31,6 +33,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -43,12 +46,17 @@ HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE / ".ci")]
 
 import agentflow
+import client
 import faults
+import graphs.check
 import graphs.nodes
 import prove
 from agentflow import (
     CANCELLED,
+    CLAIM,
+    COMMIT,
     COMPLETED,
+    FAIL,
     FAILED,
     RUNNING,
     Context,
@@ -56,8 +64,10 @@ from agentflow import (
     GraphError,
     InMemoryExecutor,
     Node,
+    Outcome,
     Park,
     Permanent,
+    REAP,
     RedisExecutor,
     RedisRun,
     Registry,
@@ -65,15 +75,18 @@ from agentflow import (
     RunError,
     Status,
     TryLater,
+    View,
     Worker,
     event_of,
     execute,
     failure_of,
     new_id,
     result_of,
+    to_json,
 )
 from graphs.patterns import draw
 
+README = (HERE / "README.md").read_text("utf-8")
 LEASE, BEAT = 1.5, 0.25  # of the workers here: long enough for a busy machine, short to wait for
 pytestmark = pytest.mark.anyio
 
@@ -2541,6 +2554,1204 @@ if __name__ == "__main__":
     asyncio.run(work(*sys.argv[1:]))
 
 
+# ── 11. Security ─────────────────────────────────────────────────────────────────────────────
+# Each test tries to break what it promises: with what a model, a graph or a command line may hold.
+
+SECRETS = re.compile("pass-word|test-key|query-key|base-pass")
+STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+EVIL = "\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202egood\x00\x08 {{secret}} {0.__class__} \n09:00 forged"
+
+
+@pytest.fixture
+async def guarded(shell: Shell) -> Any:
+    """A shell whose Redis user has only what the README's rule gives."""
+    [rule] = re.findall("^ACL SETUSER agentflow on >PASSWORD (.*)", README, re.M)
+    admin = shell.space.redis
+    admin.execute_command("ACL", "SETUSER", "agentflow", "reset", "on", ">pass-word", *rule.split())
+    admin.execute_command("ACL", "LOG", "RESET")
+    shell.environment["REDIS_URL"] = shell.space.url.replace("//", "//agentflow:pass-word@")
+    yield shell
+    admin.execute_command("ACL", "DELUSER", "agentflow")
+
+
+async def test_the_acl_user_of_the_readme_lives_a_whole_run_and_no_command_tells_a_secret(
+    guarded: Shell, model: Model
+) -> None:
+    url, space, key = guarded.environment["REDIS_URL"], guarded.space, guarded.space.key
+    dead = "host-1-abcdef"
+    space.redis.zadd(key("workers"), {dead: 0})
+    log = guarded.start("worker")
+    await wait_until(lambda: "does not tell its CONFIG" in log.err)
+    log.process.send_signal(signal.SIGTERM)
+    await log.end()
+    worker = Worker(url, "agentflow", lease=0.3, beat=0.05)
+    space.inside.append((worker, asyncio.create_task(worker.run())))
+    model.script["Write"] = [DENIED]
+
+    asking = guarded.start("client", "--usecase", "announcement", "--wait", "--dry-run", "--json")
+    typed = [log, await asking.end()]
+    typed.append(await guarded.type("client", "--usecase", "blog-post", "--wait", "--json"))
+    failed = json.loads(typed[-1].out)["run"]
+    typed.append(await guarded.type("client", "--usecase", "announcement"))
+    asks, redis_ = typed[-1].out.strip(), ["--redis", url]
+    await wait_until(lambda: "is parked" in str(space.redis.hkeys(key("run", asks, "parked"))))
+    looks = ["--status", "--explain", "--draw"]
+    commands = [["--run", asks, look, *redis_] for look in looks]
+    commands += [["--workers"], ["--runs", *redis_]]
+    commands += [["--run", failed, "--resume", "--wait"]]
+    commands += [["--run", asks, "--answer", "approval=approve", *redis_]]
+    commands += [["--usecase", "research", *redis_]]
+    typed += await asyncio.gather(*(guarded.type("client", *command) for command in commands))
+    typed.append(await guarded.type("client", "--run", asks, "--wait", "--json"))
+    typed.append(await guarded.type("client", "--run", typed[-2].out.strip(), "--cancel"))
+
+    assert [each.code for each in typed] == [0, 0, 1, *[0] * 11], [each.err for each in typed]
+    assert not SECRETS.search("".join(each.out + each.err for each in typed))
+    await wait_until(lambda: space.redis.zscore(key("buried"), dead))
+    assert {entry["object"] for entry in space.redis.acl_log()} <= {"config|get"}
+
+
+REFUSED = ["KEYS *", "FLUSHALL", "FLUSHDB", "CONFIG GET *", "GET other", "SET other 1"]
+REFUSED += ["HGET {other}:run:1 status", "ACL LIST", "EVAL return(1) 0", "SAVE"]
+
+
+@pytest.mark.parametrize("command", REFUSED)
+async def test_the_acl_user_of_the_readme_may_do_no_more(guarded: Shell, command: str) -> None:
+    client = redis.Redis.from_url(guarded.environment["REDIS_URL"])
+
+    with pytest.raises(exceptions.NoPermissionError):
+        client.execute_command(*command.split())
+    client.close()
+
+
+UNREACHED = {
+    "nobody there": "redis://user:pass-word@127.0.0.1:1/0",
+    "no number for a port": "redis://user:pass-word@127.0.0.1:port",
+    "the password for a port": "redis://127.0.0.1:pass-word",
+    "a slash in the password": "redis://:pass-word/x@127.0.0.1:1",
+    "an at sign in the password": "redis://:x@pass-word@127.0.0.1:1",
+    "a slash too few": "redis:/user:pass-word@127.0.0.1",
+    "another scheme": "http://user:pass-word@127.0.0.1",
+    "no scheme": "user:pass-word@127.0.0.1",
+    "as an option": "redis://127.0.0.1:1?password=pass-word",
+    "an option that is none": "redis://127.0.0.1:1?socket_timeout=pass-word",
+    "no number for a database": "redis://127.0.0.1:1/0?db=pass-word",
+    "a space in it": "redis://user:pass-word @[::1",
+    "a wrong one": "SERVER",
+}
+
+
+@pytest.mark.parametrize("name", UNREACHED)
+async def test_a_redis_that_is_not_reached_is_named_without_its_password(
+    server: Server, name: str
+) -> None:
+    url = UNREACHED[name].replace("SERVER", server.url.replace("//", "//user:pass-word@"))
+
+    with pytest.raises(RunError) as unreached:
+        await client.reach(url)
+
+    assert "redis://[USER:PASSWORD@]HOST" in str(unreached.value)
+    assert not SECRETS.search(str(unreached.value)) and "\n" not in str(unreached.value)
+
+
+async def test_no_command_shows_the_password_of_a_redis_that_it_does_not_reach(
+    shell: Shell,
+) -> None:
+    url = UNREACHED["no number for a port"]
+    typed = [shell.start("client", "--runs", "--redis", url), shell.start("worker", REDIS_URL=url)]
+    typed += [shell.start("client", "--usecase", "research", REDIS_URL=UNREACHED["nobody there"])]
+
+    for each in typed:
+        await each.end()
+        assert each.code == 2 and not SECRETS.search(each.out + each.err), each.err
+
+
+async def test_a_model_that_is_not_reached_is_named_without_its_keys(shell: Shell) -> None:
+    away = "http://user:base-pass@127.0.0.1:1/v1?key=query-key"
+
+    typed = shell.start("client", "--usecase", "blog-post", "--local", OPENAI_BASE_URL=away)
+    worker = shell.start("worker", OPENAI_BASE_URL=away)
+    await wait_until(lambda: "retrying" in typed.err and "127.0.0.1:1" in worker.err)
+
+    for each in (typed, worker):
+        each.process.send_signal(signal.SIGINT)
+        await each.end()
+        assert not SECRETS.search(each.out + each.err), each.err
+
+
+def tls_hello(port: socket.socket) -> bytes:
+    """The first bytes that a client sends."""
+    connection, _ = port.accept()
+    with connection:
+        return connection.recv(1000)
+
+
+async def test_a_rediss_url_speaks_tls_before_it_says_a_password() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        url = f"rediss://user:pass-word@127.0.0.1:{port.getsockname()[1]}"
+        hello = asyncio.create_task(asyncio.to_thread(tls_hello, port))
+        executor = RedisExecutor(url)
+
+        with pytest.raises(exceptions.ConnectionError):
+            await executor.open()
+
+        assert (await hello)[:2] == b"\x16\x03"  # a TLS handshake
+        await executor.close()
+
+
+# Texts that are not what they seem.
+
+
+async def test_what_a_model_answers_is_never_rendered(executor: Any, model: Model) -> None:
+    model.script["Ada"] = ["{{b}} {{ secret }} {0.__class__} ${b} {% b %} %s \\1 \\g<0>"] * 2
+    told = {"type": "output", "promptTemplate": "{{a}}|{{b}}|{{a}} {x} ${y} {% z %} %s"}
+
+    end = await same(executor, flow("a -> o", {"b": "{{a}}"}, a=ASK, o=told))
+
+    answer = end.context["a"]
+    assert answer.startswith("{{b}} {{ secret }} {0")
+    assert end.result == f"{answer}|{{{{a}}}}|{answer} {{x}} ${{y}} {{% z %}} %s"
+
+
+NOT_IN = ["a/__class__", "a/0/__class__", "a/-2", "__builtins__", "a/append", "a/0/b/upper"]
+
+
+@pytest.mark.parametrize("path", NOT_IN)
+async def test_a_path_reads_json_and_no_attribute(executor: Any, path: str) -> None:
+    given = flow(
+        "o",
+        {"a": [{"b": "x"}]},
+        o=TEXT | {"promptTemplate": "{{v}}", "inputs": {"v": [path, "a/1"]}},
+    )
+
+    end = await same(executor, given)
+
+    assert end.error == 'node "o": {{v}} has no value in the context; give it as an input'
+
+
+STRANGE_TYPES = ["os.system", "builtins.eval", "Node", "__import__('os')", "graphs.nodes.Output"]
+
+
+@pytest.mark.parametrize("name", STRANGE_TYPES)
+def test_a_node_type_is_a_registered_name_and_nothing_else(name: str) -> None:
+    with pytest.raises(GraphError) as refused:
+        Registry({"flow": {"nodes": [{"id": "a", "type": name}]}})["flow"]
+
+    assert f'$.nodes[0].type: there is no node type "{name}"' in str(refused.value)
+
+
+FORBIDDEN = {"eval", "exec", "compile", "__import__", "getattr", "globals", "input"}
+MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "jinja2", "subprocess"}
+MODULES |= {"code", "ctypes", "string", "runpy", "commands", "shlex"}
+ALLOWED = {"agentflow.py": {"globals"}, "client.py": {"getattr"}, "calls.py": {"getattr"}}
+
+
+@pytest.mark.parametrize(
+    "file", [*HERE.glob("graphs/*.py"), *(HERE / f"{n}.py" for n in ("agentflow", "client", "worker"))],
+    ids=lambda file: file.name,
+)  # fmt: skip
+def test_nothing_is_evaluated_unpickled_or_formatted(file: Path) -> None:
+    found = [*ast.walk(ast.parse(file.read_text()))]
+    calls = [node.func for node in found if isinstance(node, ast.Call)]
+    names = {call.id for call in calls if isinstance(call, ast.Name)}
+    methods = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+    imported = {a.name for node in found if isinstance(node, ast.Import) for a in node.names}
+    imported |= {str(node.module) for node in found if isinstance(node, ast.ImportFrom)}
+
+    assert names & FORBIDDEN <= ALLOWED.get(file.name, set())
+    assert not methods & {"format_map", "Template", "system", "popen"}
+    formats = [ast.unparse(call) for call in calls if getattr(call, "attr", "") == "format"]
+    assert all(re.fullmatch(r"[A-Z]+\.format|super\(\)\.format", text) for text in formats)
+    assert not {name.partition(".")[0] for name in imported} & MODULES
+
+
+async def test_what_is_in_redis_is_plain_text(space: Space) -> None:
+    space.worker()
+    run = await family("a -> m", m=MAP, c_x=ITEM).run({"items": [1, "\u20ac"]}, space.executor)
+    await end_of(run)
+
+    raw = redis.Redis.from_url(space.url)
+    texts = [raw.get(name) for name in raw.scan_iter(b"*:graph:*")]
+    for name in raw.scan_iter(f"*{{{space.namespace}}}:run:*"):
+        kind = raw.type(name)
+        texts += itertools.chain(*raw.hgetall(name).items()) if kind == b"hash" else []
+        texts += [row[b"event"] for _, row in raw.xrange(name)] if kind == b"stream" else []
+    raw.close()
+
+    assert len(texts) > 50 and all(text.isascii() and text.decode().isprintable() for text in texts)
+
+
+# Run ids that are not: commands that must find nothing, and touch nothing.
+
+IDS = {
+    "a newline": "RUN\n09:00:00  forged",
+    "a run's context, which has an `origin`": "RUN:context",
+    "10 KB": "x" * 10240,
+    "an escape": "\x1b[2J\u202e",
+    "all": "*",
+    "a hash tag": "{x}",
+    "one run, as a pattern": "RUN*",
+    "another namespace's": "RUN}:run:RUN",
+    "no UTF-8": "\udcff",
+    "a way out": "../../RUN",
+    "nothing": "",
+}
+ACTS = [["--cancel"], ["--answer", "a=1"], ["--resume"], ["--explain"], ["--wait"]]
+
+
+async def test_a_strange_run_id_finds_nothing_and_touches_nothing(shell: Shell) -> None:
+    origin = {"flow": "flow", "graph": "x", "root": "x"}
+    inputs = {"origin": origin, "status": RUNNING, "version": "x", "tokens": {}, "visits": {}}
+    run = await flow("a -> b").run(inputs, shell.space.executor)
+    before = {key: shell.space.redis.dump(key) for key in shell.space.names()}
+
+    typed = []
+    for id, act in zip(IDS.values(), ACTS, strict=False):
+        typed.append(shell.start("client", "--run", id.replace("RUN", run.id), *act))
+
+    for each in typed:
+        await each.end()
+        assert (each.code, each.out) == (2, "") and len(each.err) < 2000, each.err
+        assert not STEERS.search(each.err) and not each.err.startswith("09:00"), each.err
+    for id in IDS.values():
+        with pytest.raises(RunError, match="there is no run"):
+            await shell.space.executor.find(id.replace("RUN", run.id))
+    assert before == {key: shell.space.redis.dump(key) for key in shell.space.names()}
+    await run.cancel()
+    shell.space.worker()
+
+
+# Control characters from a model.
+
+
+async def test_control_characters_of_a_model_reach_no_terminal(shell: Shell, model: Model) -> None:
+    oops = (400, {}, json.dumps({"error": {"message": EVIL}}))
+    model.script |= {"Ada": [EVIL] * 2, "Bob": [oops] * 2, "Which": [EVIL] * 4, "Eve": [EVIL] * 2}
+    (shell.space.folder / "evil.json").write_text(
+        json.dumps(
+            graph(
+                "a -> w; w -go-> z; b e r -error-> x; r -left-> z; r -right-> z",
+                a=ASK,
+                b=ASK | {"promptTemplate": "Greet Bob."},
+                r=ROUTE | {"config": {"retries": 0}},
+                e=ASK | {"promptTemplate": "Greet Eve.", "parse": "json", "config": {"retries": 1}},
+                w=WAIT | {"inputs": {"a": "a"}, "otherwise": "go"},
+                z=TEXT | {"outputKey": "z"},
+                x={"type": "output", "promptTemplate": "{{e}}", "inputs": {"e": ["e", "b", "r"]}},
+            )
+        )
+    )
+    evil = ["client", "--graphs", ".", "--usecase", "evil"]
+    worker = shell.start("worker")
+    waiting = shell.start(*evil, "--wait")
+    run = (await wait_until(lambda: re.search(r"--run (\w+) --answer w=", waiting.err)))[1]
+    await wait_until(lambda: waiting.err.count("action error") == 3)
+
+    typed = [await shell.type("client", "--run", run, act) for act in ("--explain", "--status")]
+    spoken = EVIL.replace("\0", "")
+    typed.append(await shell.type("client", "--run", run, "--answer", f"w={spoken}"))
+    spoken = spoken.replace("\n", " ")
+    typed.append(await shell.type("client", "--run", run, "--answer", f"{spoken}=x"))
+    typed += [waiting, worker]
+
+    for each in typed:
+        assert not STEERS.search(each.out + each.err), each.out + each.err
+        assert not re.search("^09:00 forged", each.out + each.err, re.M)
+    assert r"\x1b[2J" in waiting.err and r"\x1b[2J" in typed[0].out
+
+
+async def test_a_record_in_the_log_is_one_line(shell: Shell) -> None:
+    (shell.space.folder / "forger.py").write_text(
+        f"import logging\nlogging.getLogger('agentflow').error('%s', {EVIL!r})\n"
+        f"raise RuntimeError({EVIL!r})\n"
+    )
+
+    worker = await shell.type("worker", "--import", "forger")
+
+    lines = worker.err.splitlines()
+    assert worker.code == 2 and len(lines) == 2 and not STEERS.search(worker.err)
+    assert all(re.match(r"\d\d:\d\d:\d\d .*\\n09:00 forged", line) for line in lines), lines
+
+
+# HTTP requests.
+
+HTTP = {"type": "http-request", "config": {"retries": 0}}
+SCHEMES = ["file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:alert(1)", "gopher://127.0.0.1/"]
+SCHEMES += [
+    "{{v}}",
+    "//127.0.0.1/x",
+    "HTTP:/etc/passwd",
+    "http:///etc/passwd",
+    " http://x/",
+    "data:,x",
+]
+SCHEMES += ["unix:///run/docker.sock", "http://?x", "http+unix://x/", "jar:http://x/!/"]
+
+
+@pytest.mark.parametrize("url", SCHEMES)
+async def test_a_request_goes_to_http_and_https_only(executor: Any, url: str) -> None:
+    end = await same(
+        executor,
+        flow("a", {"v": "file:///etc/passwd"}, a=HTTP | {"url": url, "inputs": {"v": "v"}}),
+    )
+
+    assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
+
+
+@pytest.mark.parametrize("value", ["a\r\nEvil: yes", "a\nb", "\0", "\x7f", "a\u2028b", "\x85"])
+async def test_a_header_takes_no_control_characters(
+    executor: Any, model: Model, value: str
+) -> None:
+    data = {"url": model.url, "method": "post", "headers": {"x-y": "{{v}}"}, "inputs": {"v": "v"}}
+
+    end = await same(executor, flow("a", {"v": value}, a=HTTP | data))
+
+    assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
+    assert not model.asked
+
+
+INJECTIONS = [
+    "a b&c=d#e",
+    "/../../x?y",
+    "\u20ac%41\r\n",
+    '"}], "admin": true, "x": [{"',
+    "\\",
+    "\0",
+]
+
+
+@pytest.mark.parametrize("value", INJECTIONS)
+async def test_a_value_is_encoded_for_where_it_stands(
+    executor: Any, model: Model, value: str
+) -> None:
+    body = '{"model": {{v}}, "messages": [{"role": "user", "content": {{v}}}]}'
+    data = {"url": f"{model.url}/x/{{{{v}}}}?q={{{{v}}}}", "parse": "json", "inputs": {"v": "v"}}
+
+    got = await same(executor, flow("a", {"v": value}, a=HTTP | data))
+    await same(executor, flow("a", {"v": value}, a=HTTP | data | {"method": "POST", "body": body}))
+
+    code = urllib.parse.quote(value, safe="")
+    title = hashlib.sha256(f"/x/{code}?q={code}".encode()).hexdigest()[:12]
+    assert got.context["a"] == {"query": {"pages": [{"title": title}]}}
+    assert model.asked == [value] * 2
+
+
+async def test_a_redirect_is_not_followed(executor: Any, model: Model) -> None:
+    there = (302, {"Location": f"{model.url}/elsewhere"}, "{}")
+    model.script["Ada"] = [there] * 2
+    body = '{"model": "m", "messages": [{"role": "user", "content": "Ada"}]}'
+
+    end = await same(
+        executor, flow("a", a=HTTP | {"url": model.url, "method": "POST", "body": body})
+    )
+
+    assert end.status == FAILED and "302" in end.error and len(model.asked) == 2
+
+
+# Limits. A node's value, steps and depth are in section 3, the nodes of a graph in section 4.
+
+HUGE = "x" * agentflow.MAX_VALUE
+MIB = "has 1,048,578 characters as JSON; 1,048,576 are allowed"
+
+
+async def test_a_value_of_more_than_1_mib_is_refused_wherever_it_comes_from(
+    space: Space, model: Model, tmp_path: Path
+) -> None:
+    broken = flow("b", b={"broken": str(tmp_path / "mended")})
+    body = '{"model": "m", "messages": [{"role": "user", "content": "Ada"}]}'
+    post = flow("a", a=HTTP | {"url": model.url, "method": "POST", "body": body})
+    model.script["Ada"] = [(200, {}, HUGE + "x")]
+    space.worker()
+    asks = await flow("w; w -approve-> b", {"a": 1}, w=WAIT | {"otherwise": "approve"}).run(
+        {}, space.executor
+    )
+    failed = await broken.run({}, space.executor)
+    await end_of(failed)
+    await question_of(asks)
+
+    with pytest.raises(RunError, match=f"input: the value of 'x' {MIB}"):
+        await broken.run({"x": HUGE}, space.executor)
+    with pytest.raises((RunError, ValueError), match=MIB):
+        await failed.resume({"x": HUGE})
+    with pytest.raises((RunError, ValueError), match="the answer has 1,048,59"):
+        await asks.answer("w", HUGE)
+
+    assert await is_status(failed, FAILED) and await is_status(asks, RUNNING)
+    assert (await end_of(await post.run({}, space.executor))).error.endswith(
+        "127.0.0.1 answers with more than 1 MiB"
+    )
+    await asks.cancel()
+
+
+async def test_an_input_of_more_than_1_mib_is_refused_at_the_command_line(shell: Shell) -> None:
+    (shell.space.folder / "huge.txt").write_text(HUGE)
+    given = ["--usecase", "research", "--input", "question=@huge.txt"]
+
+    typed = await shell.type("client", *given)
+
+    assert (typed.code, typed.out) == (2, "") and MIB in typed.err and len(typed.err) < 300
+    assert not shell.space.runs()
+
+
+@pytest.mark.parametrize("count, good", [(10_000, True), (10_001, False)])
+def test_a_graph_has_at_most_10000_edges(count: int, good: bool) -> None:
+    nodes = [{"id": i, "type": "pure"} for i in range(142)]
+    pairs = itertools.islice(itertools.combinations(range(142), 2), count)
+    edges = [{"source": a, "target": b} for a, b in pairs]
+    found = [
+        *graphs.check.check_parts({"nodes": nodes, "edges": edges + edges[: count - len(edges)]})
+    ]
+
+    text = "must be 1 to 2000, with at most 10000 edges"
+    assert found == ([] if good else [("$.nodes", text)])
+
+
+# ── 12. Steering that races ──────────────────────────────────────────────────────────────────
+# Each of cancel, resume and answer with a commit of the same run, with the death of a worker, and
+# with itself. What comes between a decision and its commit is made certain by a worker by hand.
+
+
+class Hand:
+    """A worker by hand: takes a job, runs it, decides what to commit, and sends it when told. It
+    has no heartbeat: unless told to live, it is dead from the first."""
+
+    def __init__(self, space: Space, flow: agentflow.Flow, run: RedisRun, alive: int = 0) -> None:
+        self.space, self.flow = space, flow
+        self.id = f"hand-{new_id()}"
+        self.processing = space.key("processing", self.id)
+        self.view = View(space.executor, run.id, run.origin, flow)
+        space.redis.zadd(space.key("workers"), {self.id: 0})
+        if alive:
+            space.redis.set(space.key("worker", self.id), "{}", ex=alive)
+
+    def take(self, node: str) -> str:
+        """Take jobs until it has the one of this node, and put back the others."""
+        ready, others, job = self.space.key("ready"), [], ""
+        while f"/{node}/" not in job:
+            job = self.space.redis.lmove(ready, self.processing, "RIGHT", "LEFT")
+            others.append(job)
+        for other in others[:-1]:
+            self.space.redis.lrem(self.processing, 1, other)
+            self.space.redis.lpush(ready, other)
+        return str(job)
+
+    async def decide(self, job: str) -> dict[str, Any]:
+        """Read the run, execute the job, and decide what that leads to."""
+        found, context, _, parked = await self.view.executor.send(
+            *CLAIM.on(self.view.keys[:3], jobs=[job])
+        )
+        self.view.update(found, agentflow.pairs(context))
+        view, node, version = self.view, job.split("/")[1], new_id()
+        told = json.loads(agentflow.pairs(parked).get(f"{job} 0", "null"))
+        ctx = Context(view.context, job, results=told and told[1:])
+        outcome = await execute(self.flow.nodes[node], ctx, "", pause)
+        assert isinstance(outcome, Outcome)
+        state, ready = self.flow.advance(view.state, node, outcome.action, version)
+        a = {"seen": view.version, "version": version, "steps": view.steps + 1, "usage": {}}
+        a |= {"tokens": json.dumps(state.tokens), "visits": json.dumps(state.visits)}
+        a |= {"log": [view.event("done", **outcome.event(node, view.state.visits))]}
+        a |= {"done": [job], "keep": [], "queue": [f"{view.id}/{n}/{version}" for n in ready]}
+        return a | {"values": outcome.changes}
+
+    async def commit(self, decision: dict[str, Any]) -> bool:
+        """Send a decision; False where the run has changed since it was made."""
+        return len(await self.view.change(COMMIT, self.processing, **decision)) == 1
+
+    async def fail(self, job: str, text: str) -> None:
+        """Fail the run."""
+        await self.view.change(FAIL, self.processing, job=job, **self.view.end(FAILED, text))
+
+
+async def committed_once(space: Space, run: RedisRun, flow: agentflow.Flow) -> End:
+    """The end of a run that is as if nothing had happened."""
+    end = await end_of(run)
+    assert end.meaning == (await in_memory(flow)).meaning
+    assert len(end.done) == len({*end.done}) and not space.lists()
+    return end
+
+
+# With a commit of the same run.
+
+
+async def test_a_resume_refuses_what_was_decided_before_it(space: Space) -> None:
+    both = flow("a b -> c")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run, alive=100)
+    a, b = hand.take("a"), hand.take("b")
+    await hand.fail(b, "it is broken")
+    decision = await hand.decide(a)
+
+    await run.resume({"more": 1})
+    before = space.redis.hgetall(run.keys[0])
+    accepted = await hand.commit(decision)
+
+    assert not accepted and space.redis.hgetall(run.keys[0]) == before
+    assert "a" not in (await run.status()).context
+    space.redis.delete(hand.processing)
+    space.worker()
+    end = await end_of(run)
+    assert end.done == activations("a b c") and end.context["more"] == 1
+
+
+async def test_a_cancel_refuses_what_was_decided_before_it(space: Space) -> None:
+    both = flow("a b -> c")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)
+    decision = await hand.decide(hand.take("a"))
+
+    await run.cancel()
+    accepted = await hand.commit(decision)
+
+    assert not accepted and (await run.status()).context == {}
+    space.worker(lease=0.3)  # which reaps the hand, and drops what it had
+    await wait_until(lambda: not space.lists() and space.redis.zcard(space.key("buried")))
+    assert [event["event"] for event in space.events(run.id)] == ["started", "cancelled"]
+
+
+async def test_an_answer_refuses_what_was_decided_before_it_and_both_count(space: Space) -> None:
+    asking = flow("w a -> b; w -yes-> b", w=WAIT | {"otherwise": "yes", "question": "Good?"})
+    run = await asking.run({}, space.executor)
+    hand = Hand(space, asking, run, alive=100)
+    a = hand.take("a")
+    space.worker()
+    await question_of(run)
+    decision = await hand.decide(a)
+
+    await run.answer("w", "yes")
+    accepted = await hand.commit(decision)
+    again = await hand.commit(await hand.decide(a))
+    end = await end_of(run)
+
+    assert (accepted, again) == (False, True)
+    assert end.done == activations("a w:yes b") and end.context["w"] == "yes"
+
+
+async def test_a_commit_just_before_a_cancel_is_kept_and_leads_no_further(space: Space) -> None:
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)
+    decision = await hand.decide(hand.take("a"))
+
+    sent = asyncio.gather(hand.commit(decision), run.cancel())  # travel together, in this order
+
+    assert (await sent)[0] and (await run.status()).context.keys() == {"a"}
+    space.worker()
+    await wait_until(lambda: not space.lists())
+    assert (await run.status()).context.keys() == {"a"}
+
+
+async def test_a_commit_into_a_failed_run_just_before_a_resume_is_not_repeated(
+    space: Space,
+) -> None:
+    both = flow("a b -> c")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)
+    a, b = hand.take("a"), hand.take("b")
+    await hand.fail(b, "it is broken")
+
+    [accepted, _] = await asyncio.gather(hand.commit(await hand.decide(a)), run.resume())
+    space.worker()
+    await committed_once(space, run, both)
+
+    assert accepted
+
+
+async def test_a_cancel_at_the_moment_of_a_runs_end_leaves_one_of_the_two(
+    space: Space, gate: Path
+) -> None:
+    space.worker()
+    for i in range(12):
+        gated = flow("a", a={"gate": str(gate)})
+        run = await gated.run({}, space.executor)
+        await wait_until(lambda: len(begun(gate, "a")))
+
+        (gate / "a.go").touch()
+        for _ in range(i * 3):
+            await asyncio.sleep(0)
+        told = await asyncio.gather(run.cancel(), return_exceptions=True)
+        end = await end_of(run)
+
+        assert (end.status, end.done) in ((CANCELLED, []), (COMPLETED, activations("a")))
+        assert (end.status == CANCELLED) == (told == [None]), told
+        [path.unlink() for path in gate.iterdir()]
+
+
+# With the death of a worker.
+
+
+async def die(space: Space, worker: Process) -> None:
+    """Kill a worker; its heartbeat goes at once, not to wait until it expires."""
+    worker.kill()
+    space.outside.remove(worker)
+    for id in space.redis.zrange(space.key("workers"), 0, -1):
+        if f"-{worker.pid}-" in id:
+            space.redis.delete(space.key("worker", id))
+
+
+async def test_a_cancel_reaches_the_children_of_a_job_whose_worker_died(
+    space: Space, gate: Path
+) -> None:
+    mapped = family("m -> b", m=MAP, c_x=ITEM | {"gate": str(gate)})
+    worker = space.process()
+    run = await mapped.run({"items": [1, 2]}, space.executor)
+    await wait_until(lambda: len(begun(gate, "x")) == 2)
+
+    worker.send(signal.SIGSTOP)  # it hears of nothing any more
+    await run.cancel()
+    await die(space, worker)
+    space.worker(lease=0.3)
+
+    await wait_until(lambda: {found["status"] for found in space.runs().values()} == {CANCELLED})
+    await wait_until(lambda: not space.lists())
+    assert len(space.runs()) == 3
+    assert not any(event["event"] == "done" for event in space.events(run.id))
+
+
+async def test_a_cancelled_runs_job_that_a_dead_worker_had_is_dropped(space: Space) -> None:
+    chain = flow("a -> b")
+    run = await chain.run({}, space.executor)
+    Hand(space, chain, run).take("a")  # and dies
+
+    await run.cancel()
+    worker = space.worker(lease=0.3)
+
+    await wait_until(lambda: worker.counts["reaped"] == 1 and not space.lists())
+    assert (await run.status()).context == {} and worker.counts["done"] == 0
+
+
+async def test_what_a_dead_worker_had_when_its_run_was_resumed_is_committed_once(
+    space: Space,
+) -> None:
+    both = flow("a b -> c")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)
+    hand.take("a")
+    await hand.fail(hand.take("b"), "it is broken")  # and dies; the list still has its `a`
+
+    await run.resume()
+    worker = space.worker(lease=0.3)
+    await wait_until(lambda: worker.counts["reaped"] == 1)
+
+    await committed_once(space, run, both)
+
+
+async def test_a_worker_that_dies_while_its_run_is_resumed_delays_it_only(
+    space: Space, gate: Path, tmp_path: Path
+) -> None:
+    broken = {"broken": str(tmp_path / "mended")}
+    gated = flow("a b -> c", a={"gate": str(gate), "holds": 1}, b=broken)
+    worker = space.process()
+    run = await gated.run({}, space.executor)
+    await wait_until(lambda: begun(gate, "a"))
+    await wait_until(lambda: is_status(run, FAILED))
+
+    worker.send(signal.SIGSTOP)
+    (tmp_path / "mended").touch()
+    await run.resume()
+    await die(space, worker)
+    space.worker(lease=0.3)
+
+    await committed_once(space, run, gated)
+
+
+async def test_an_answer_that_is_handed_to_a_dying_worker_is_not_lost(space: Space) -> None:
+    asking = flow("a -> w; w -approve-> b", w=WAIT | {"otherwise": "approve"})
+    worker = space.process()
+    run = await asking.run({}, space.executor)
+    await question_of(run)
+
+    worker.send(signal.SIGSTOP)  # its BLMOVE may still take the job
+    await run.answer("w", "approve")
+    await die(space, worker)
+    space.worker(lease=0.3)
+
+    assert (await end_of(run)).done == activations("a w:approve b")
+
+
+async def test_a_worker_that_dies_with_an_answer_leaves_it_for_another(space: Space) -> None:
+    asking = flow("a -> w; w -approve-> b", w=WAIT | {"otherwise": "approve"})
+    first = space.worker()
+    run = await asking.run({}, space.executor)
+    await question_of(run)
+    first.stop()
+    await wait_until(lambda: space.inside[0][1].done())
+
+    await run.answer("w", "approve")
+    late = Hand(space, asking, run)
+    decision = await late.decide(late.take("w"))  # and dies, or so it seems
+    second = space.worker(lease=0.3)
+    end = await end_of(run)
+
+    assert end.done == activations("a w:approve b") and end.context["w"] == "approve"
+    assert second.counts["reaped"] == 1 and not await late.commit(decision)
+
+
+# With itself.
+
+
+async def at_once(space: Space, count: int, steer: Any) -> list[Any]:
+    """What comes of a command that several clients give at the same time."""
+    others = [RedisExecutor(space.url, space.namespace) for _ in range(count)]
+    for other in others:
+        await other.open()
+    told = await asyncio.gather(*(steer(other) for other in others), return_exceptions=True)
+    for other in others:
+        await other.close()
+    return [*told]
+
+
+@pytest.mark.parametrize("command", ["cancel", "resume", "answer"])
+async def test_of_a_command_given_five_times_at_once_one_counts(
+    space: Space, tmp_path: Path, command: str
+) -> None:
+    text, broken = "s w -> b; w -yes-> b", {"broken": str(tmp_path / "mended")}
+    data = {"s": SUB, "w": WAIT | {"otherwise": "yes", "question": "Good?"}}
+    more = {"c_x": broken} if command == "resume" else {}
+    both = family(text, **data, **more)
+    space.worker()
+    run = await both.run({}, space.executor)
+    await question_of(run)
+    await wait_until(lambda: command != "resume" or is_status(run, FAILED))
+    (tmp_path / "mended").touch()
+
+    async def steer(executor: RedisExecutor) -> None:
+        found = await executor.find(run.id)
+        await {"cancel": found.cancel, "resume": found.resume}.get(
+            command, lambda: found.answer("w", "yes")
+        )()
+
+    told = await at_once(space, 5, steer)
+
+    assert told.count(None) == 1 and [type(each) for each in told].count(RunError) == 4, told
+    events = Counter(event["event"] for event in space.events(run.id) if event["run"] == run.id)
+    assert events[{"cancel": "cancelled", "resume": "resumed"}.get(command, "answered")] == 1
+    if command == "resume":
+        await wait_until(lambda: "is parked" in str(space.redis.hkeys(run.keys[2])))
+        await wait_until(lambda: can_answer(run, "w"))
+    if command != "cancel":
+        assert (await end_of(run)).done == sorted(
+            [*activations("s w:yes b"), *(f"child.{n}#1:default" for n in ("x", "final_output"))]
+        )
+
+
+async def can_answer(run: RedisRun, node: str) -> bool:
+    """Answer a question, if it is asked yet."""
+    try:
+        await run.answer(node, "yes")
+    except RunError:
+        return False
+    return True
+
+
+async def test_a_cancel_and_a_resume_at_once_end_in_a_cancelled_run(
+    space: Space, tmp_path: Path
+) -> None:
+    broken = flow("a -> b", a={"broken": str(tmp_path / "mended")})
+    space.worker()
+    for first in ("cancel", "resume") * 4:
+        run = await broken.run({}, space.executor)
+        await wait_until(lambda run=run: is_status(run, FAILED))
+
+        steps = [run.cancel(), run.resume()] if first == "cancel" else [run.resume(), run.cancel()]
+        await asyncio.gather(*steps, return_exceptions=True)
+
+        assert await is_status(run, CANCELLED)
+    await wait_until(lambda: not space.lists())
+
+
+# And what must not happen by itself.
+
+
+async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate: Path) -> None:
+    gated = flow("a -> b", a={"gate": str(gate)})
+    worker = space.worker(lease=60)
+    run = await gated.run({}, space.executor)
+    await wait_until(lambda: begun(gate, "a"))
+    [job] = space.lists()
+    keys = [space.key("worker", worker.id), worker.processing]
+    keys += [*map(space.key, ("workers", "buried", "ready")), run.keys[0]]
+
+    moved = await space.executor.send(*REAP.on(keys, worker=worker.id, jobs=[job]))
+
+    assert moved == 0 and space.redis.lrange(worker.processing, 0, -1) == [job]
+    assert space.redis.zrange(space.key("workers"), 0, -1) == [worker.id]
+    assert not space.redis.zcard(space.key("buried"))
+    assert f"crashes {job}" not in space.redis.hgetall(run.keys[0])
+    await same_as_in_memory(run, gated, gate)
+    assert len(begun(gate, "a")) == 2  # here and in memory
+
+
+async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
+    chain = flow("a -> b")
+    run = await chain.run({}, space.executor)
+    other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
+    job = other.take("a")
+    worker = Worker(space.url, space.namespace, lease=60)
+    await worker._beat(born=True)
+
+    worker.executor.link.back_since = time.monotonic()
+    await worker._look_after()
+    early = space.redis.lrange(other.processing, 0, -1), worker.counts["reaped"]
+    worker.executor.link.back_since -= 61
+    await worker._look_after()
+
+    assert early == ([job], 0)
+    assert worker.counts["reaped"] == 1 and space.lists() == [job]
+    await worker.executor.close()
+    space.worker()
+    await committed_once(space, run, chain)
+
+
+class Swallower:
+    """A way to a Redis that swallows the reply to each BLMOVE, and cuts the connection."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.asked = port, 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        there, to = await asyncio.open_connection("127.0.0.1", self.port)
+        while text := await reader.read(65536):
+            to.write(text)
+            if b"BLMOVE" in text:
+                self.asked += 1
+                await there.read(65536)  # it has been done
+                break
+            writer.write(await there.read(65536))
+        for end in (to, writer):
+            end.close()
+
+
+async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> None:
+    swallower = Swallower(space.server.port)
+    proxy = await asyncio.start_server(swallower.serve, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    fetch = agentflow.connect(space.url.replace(str(space.server.port), str(port)))
+    for job in ("none/a/1", "none/a/2"):
+        space.redis.lpush(space.key("ready"), job)
+
+    with pytest.raises(exceptions.ConnectionError):
+        await fetch.blmove(space.key("ready"), space.key("processing", "x"), 1, "RIGHT", "LEFT")
+
+    assert swallower.asked == 1
+    assert space.redis.lrange(space.key("processing", "x"), 0, -1) == ["none/a/1"]
+    await fetch.aclose()
+    proxy.close()
+    space.redis.delete(space.key("processing", "x"), space.key("ready"))
+
+
+SAME = [[], {}, 2**60, -(2**63), 0.1 + 0.2, 1e308, 5e-324, -0.0, "\ud800", "", None, False]
+SAME += [[[], {}, [{}]], {"a": {}, "b": []}, "\u20ac\x00\x7f\u2028", {"\ud800": 1}, 10**40]
+
+
+@pytest.mark.parametrize("value", SAME, ids=ascii)
+async def test_a_value_is_the_same_in_redis(space: Space, value: Any, tmp_path: Path) -> None:
+    data = {"c": {"type": "copy", "inputs": {"v": "x"}}, "b": {"broken": str(tmp_path / "mended")}}
+    data["w"] = WAIT | {"question": "What?", "otherwise": "yes"}
+    every = flow("w -yes-> c -> b", **data)
+    space.worker()
+    run = await every.run({"x": value}, space.executor)
+    await question_of(run)
+    await run.answer("w", value)
+    await end_of(run)
+    (tmp_path / "mended").touch()
+    await run.resume({"y": value})
+    end = await end_of(run)
+
+    text = to_json(value, "it")
+    raw = space.redis.hgetall(run.keys[1])
+    assert (raw["x"], raw["y"], raw["c"], raw["w"]) == (text, text, f'{{"v":{text}}}', text)
+    assert repr(end.context["c"]["v"]) == repr(value)
+
+
+Registry.add("copy", Node)
+# ── 13. Signals, pipes and terminals ─────────────────────────────────────────────────────────
+# Where the two commands run is not always a terminal, and not always for long.
+
+ON_TTY = """
+import os, sys
+os.setsid()
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # which makes it the controlling terminal
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+class Terminal:
+    """A terminal in which somebody types."""
+
+    def __init__(self, shell: Shell, *command: str, **environment: str) -> None:
+        self.ours, theirs = pty.openpty()
+        os.set_blocking(self.ours, False)
+        path = [str(HERE / f"{command[0]}.py"), *command[1:]]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_TTY, *path],
+            cwd=shell.space.folder,
+            env={k: v for k, v in (shell.environment | environment).items() if v},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        shell.processes.append(self.process)
+        self.text = ""
+
+    def shows(self, text: str) -> bool:
+        """Whether it has shown this so far."""
+        with contextlib.suppress(OSError):  # nothing more for now, or its end
+            while more := os.read(self.ours, 65536):
+                self.text += more.decode(errors="replace")
+        return text in self.text
+
+    def press(self, keys: str) -> None:
+        """Type something."""
+        os.write(self.ours, keys.encode())
+
+    async def end(self) -> int:
+        """Wait for its end, at which nothing must look like a crash."""
+        await wait_until(lambda: self.shows("Traceback") or self.process.poll() is not None, 30)
+        self.shows("all of it")
+        os.close(self.ours)
+        assert "Traceback" not in self.text, self.text
+        return int(self.process.wait())
+
+
+CRASHED = re.compile("Traceback|Exception ignored|BrokenPipeError|Bad file descriptor")
+DRY = ["client", "--usecase", "announcement", "--local", "--dry-run"]
+
+
+def redirected(shell: Shell, where: str, *command: str, **environment: str) -> Typed:
+    """A command with something behind it: `>&-`, `| head -1`."""
+    path = " ".join([sys.executable, str(HERE / f"{command[0]}.py"), *command[1:]])
+    typed = Typed.__new__(Typed)
+    name = shell.space.folder / new_id()
+    typed.files = [name.with_suffix(".out"), name.with_suffix(".err")]
+    environment = shell.environment | {"PYTHONUNBUFFERED": ""} | environment
+    typed.process = subprocess.Popen(
+        ["bash", "-c", f"set -o pipefail; {path} {where}"],
+        cwd=shell.space.folder,
+        env={k: v for k, v in environment.items() if v},
+        stdin=subprocess.DEVNULL,
+        stdout=typed.files[0].open("wb"),
+        stderr=typed.files[1].open("wb"),
+    )
+    shell.processes.append(typed.process)
+    return typed
+
+
+# Ctrl-C.
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_ctrl_c_ends_a_client_that_waits_but_not_its_run(shell: Shell, count: int) -> None:
+    waiting = Terminal(shell, "client", "--usecase", "announcement", "--dry-run", "--wait")
+    await wait_until(lambda: waiting.shows("no worker is alive"))
+
+    waiting.press("\x03" * count)
+
+    assert await waiting.end() == 130
+    assert "goes on" in waiting.text
+    [run] = shell.space.runs().values()
+    assert run["status"] == RUNNING
+    shell.space.worker()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_ctrl_c_ends_a_local_run_and_its_model_call(
+    shell: Shell, model: Model, count: int
+) -> None:
+    model.script["Write"] = [None]
+    local = Terminal(shell, "client", "--usecase", "blog-post", "--local")
+    await wait_until(lambda: model.asked)
+
+    local.press("\x03" * count)
+
+    assert await local.end() == 130
+    assert "the run ends here" in local.text
+    await wait_until(lambda: model.hung_up)
+
+
+@pytest.mark.parametrize("keys, code", [("\x03", 130), ("\x03\x03", 130), ("\x04", 2)])
+async def test_a_question_at_the_terminal_can_be_left(
+    shell: Shell, model: Model, keys: str, code: int
+) -> None:
+    local = Terminal(shell, "client", "--usecase", "announcement", "--local")
+    await wait_until(lambda: local.shows("Type approve"))
+
+    local.press(keys)
+
+    assert await local.end() == code
+
+
+async def test_ctrl_c_lets_a_worker_finish_and_a_second_one_ends_it_at_once(
+    shell: Shell, model: Model
+) -> None:
+    model.script["Write"] = [None]
+    idle = Terminal(shell, "worker")
+    await wait_until(lambda: idle.shows("jobs at once"))
+    idle.press("\x03")
+    assert await idle.end() == 0 and "stopping: 0 jobs" in idle.text
+    busy = Terminal(shell, "worker")
+    run = await Registry.load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
+    await wait_until(lambda: model.asked)
+
+    busy.press("\x03")
+    await wait_until(lambda: busy.shows("stopping: 1 jobs"))
+    assert busy.process.poll() is None
+    busy.press("\x03")
+
+    assert await busy.end() == 130
+    assert [job.split("/")[0] for job in shell.space.lists()] == [run.id]
+    await run.cancel()
+    for id in shell.space.redis.zrange(shell.space.key("workers"), 0, -1):
+        shell.space.redis.delete(shell.space.key("worker", id))
+    shell.space.worker(lease=0.3)
+
+
+# Pipes.
+
+
+async def test_a_pipe_that_nobody_reads_is_no_crash(shell: Shell) -> None:
+    run = await Registry.load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
+    commands = [[*DRY], [*DRY, "--json"], ["client", "--usecase", "research", "--draw"]]
+    commands += [
+        ["client", "--list"],
+        ["client", "--runs"],
+        ["client", "--run", run.id, "--status"],
+    ]
+    typed = [redirected(shell, "| (exec <&-)", *command) for command in commands]
+    typed += [redirected(shell, "2>&1 | (exec <&-)", *DRY)]
+    typed += [redirected(shell, "| head -1", "client", "--list")]
+
+    for each in typed:
+        await wait_until(lambda each=each: each.code is not None, 30)
+        assert not CRASHED.search(each.out + each.err), each.err
+        assert each.code in (0, 1)
+    assert typed[-1].out.count("\n") == 1
+    await run.cancel()
+    shell.space.worker()
+
+
+@pytest.mark.parametrize("where", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+async def test_what_is_closed_is_done_without(shell: Shell, where: str) -> None:
+    typed = redirected(shell, where, *DRY)
+    listed = redirected(shell, where, "client", "--runs")
+    wrong = redirected(shell, where, "client", "--run", "x", "--status")
+
+    expected = await in_memory(Registry.load(HERE / "graphs")["announcement"], dry_run=True)
+    for each, code in ((typed, 0), (listed, 0), (wrong, 2)):
+        await wait_until(lambda each=each: each.code is not None, 30)
+        assert each.code == code and not CRASHED.search(each.out + each.err), each.err
+    assert typed.out == ("" if where[0] == ">" else f"{expected.result}\n")
+
+
+@pytest.mark.parametrize("where", ["2> >(exec <&-)", ">&- 2>&- <&-"])
+async def test_a_worker_whose_log_goes_nowhere_works(shell: Shell, where: str) -> None:
+    worker = redirected(shell, where, "worker")
+
+    typed = await shell.type(*[part for part in DRY if part != "--local"], "--wait")
+    [id] = shell.space.redis.zrange(shell.space.key("workers"), 0, -1)
+    os.kill(int(id.split("-")[-2]), signal.SIGTERM)  # the worker; `worker` may be its shell
+    await wait_until(lambda: worker.code is not None, 30)
+
+    assert typed.code == 0 and worker.code in (0, 120)  # 120: Python could not flush at its exit
+
+
+# Terminals, and places that are none.
+
+
+async def test_without_a_terminal_a_local_question_is_an_error_that_says_what_to_do(
+    shell: Shell,
+) -> None:
+    asks = graph("w", w=WAIT | {"question": "Good?", "otherwise": "default"})
+    shell.space.folder.joinpath("asks.json").write_text(json.dumps(asks))
+    local = ["client", "--graphs", ".", "--usecase", "asks", "--local"]
+    typed = [shell.start(*local), redirected(shell, "<&-", *local)]
+    typed.append(redirected(shell, "< <(echo approve)", *local))
+
+    for each in typed:
+        await wait_until(lambda each=each: each.code is not None, 30)
+        assert each.code == 2 and "nobody answers here; use Redis, or --dry-run" in each.err
+        assert not CRASHED.search(each.err)
+
+
+async def test_a_question_is_answered_at_the_terminal(shell: Shell, model: Model) -> None:
+    model.script["Subject"] = ["a draft", "a better draft"]
+    model.script["spelling"] = [f"\u20ac{EVIL}"]
+    local = Terminal(shell, "client", "--usecase", "announcement", "--local")
+
+    await wait_until(lambda: local.shows("| a draft"))
+    local.press("shorter, with \u20ac\n")
+    await wait_until(lambda: local.shows("| a better draft"))
+    local.press("approve\n")
+
+    assert await local.end() == 0
+    assert "shorter, with \u20ac" in model.asked[1]
+    assert r"€\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202egood\x00\x08" in local.text
+    assert not STEERS.search(local.text.replace("\r\n", "\n").replace("\r", "")), local.text
+
+
+async def test_a_result_is_plain_in_a_file_and_escaped_on_a_terminal(
+    shell: Shell, model: Model
+) -> None:
+    (shell.space.folder / "echo.json").write_text(
+        json.dumps(graph("a", {"x": "a\tb\nc\x1b[2J\u202e"}, a=TEXT | {"promptTemplate": "{{x}}"}))
+    )
+    command = ["client", "--graphs", ".", "--usecase", "echo", "--local"]
+
+    plain = await shell.type(*command)
+    shown = Terminal(shell, *command)
+    code = await shown.end()
+
+    assert (plain.code, code) == (0, 0)
+    assert plain.out == "a\tb\nc\x1b[2J\u202e\n"
+    assert "c\\x1b[2J\\u202e" in shown.text and "\x1b" not in shown.text
+
+
+LOCALES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "C, as Python takes it": {"LC_ALL": "C"},
+    "latin 1": {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"},
+    "UTF-8": {"LC_ALL": "C.UTF-8"},
+}
+SHOWN = {"C": r"\u20ac \xe9 \udcff", "latin 1": "\\u20ac \udce9 \\udcff"}
+
+
+@pytest.mark.parametrize("name", LOCALES)
+async def test_what_a_locale_cannot_show_is_escaped(shell: Shell, name: str) -> None:
+    shell.space.folder.joinpath("echo.json").write_text(
+        json.dumps(graph("a", {"x": "\u20ac \xe9 \udcff"}, a=TEXT | {"promptTemplate": "{{x}}"})
+                   | {"description": "\u20ac \xe9"})
+    )  # fmt: skip
+    common = ["client", "--graphs", ".", "--import", "graphs.nodes"]
+
+    typed = [shell.start(*common, *more, **LOCALES[name]) for more in (
+        ["--usecase", "echo", "--local"], ["--list"], ["--usecase", "\u20ac\xe9"],
+        ["--usecase", "echo", "--draw"], ["--usecase", "echo", "--local", "--json"],
+    )]  # fmt: skip
+    for each in typed:
+        await wait_until(lambda each=each: each.code is not None, 30)
+        said = b"".join(file.read_bytes() for file in each.files)
+        assert not CRASHED.search(said.decode(errors="replace")), said
+
+    assert [each.code for each in typed] == [0, 0, 2, 0, 0]
+    out = typed[0].files[0].read_text("utf-8", "surrogateescape")
+    assert out == SHOWN.get(name, "\u20ac \xe9 \\udcff") + "\n"
+
+
+async def test_nothing_is_coloured_with_or_without_no_color(shell: Shell) -> None:
+    worker = Terminal(shell, "worker", TERM="xterm-256color")
+    shown = []
+    for color in ({"NO_COLOR": "1"}, {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}):
+        for command in (DRY, ["client", "--bad"]):
+            shown.append(Terminal(shell, *command, TERM="xterm-256color", **color))
+
+    assert [await each.end() for each in shown] == [0, 2] * 2
+    await wait_until(lambda: worker.shows("jobs at once"))
+    worker.press("\x03")
+    await worker.end()
+    assert not any("\x1b" in each.text for each in [*shown, worker])
+
+
 # ── 14. Patterns ─────────────────────────────────────────────────────────────────────────────
 
 PATTERNS = Registry.load(HERE / "graphs" / "patterns")
@@ -2619,8 +3830,6 @@ def test_runs_survive(name: str) -> None:
 
 
 # ── 16. The README ───────────────────────────────────────────────────────────────────────────
-
-README = (HERE / "README.md").read_text("utf-8")
 
 
 def test_the_readmes_example_prints_what_it_says(tmp_path: Path) -> None:
