@@ -2570,8 +2570,7 @@ async def guarded(shell: Shell) -> Any:
     admin.execute_command("ACL", "SETUSER", "agentflow", "reset", "on", ">pass-word", *rule.split())
     admin.execute_command("ACL", "LOG", "RESET")
     shell.environment["REDIS_URL"] = shell.space.url.replace("//", "//agentflow:pass-word@")
-    yield shell
-    admin.execute_command("ACL", "DELUSER", "agentflow")
+    return shell  # the user stays: the shell's executor still has to say goodbye
 
 
 async def test_the_acl_user_of_the_readme_lives_a_whole_run_and_no_command_tells_a_secret(
@@ -2743,13 +2742,15 @@ def test_a_node_type_is_a_registered_name_and_nothing_else(name: str) -> None:
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "getattr", "globals", "input"}
 MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "jinja2", "subprocess"}
 MODULES |= {"code", "ctypes", "string", "runpy", "commands", "shlex"}
+MAIN = ("agentflow", "client", "worker")
 ALLOWED = {"agentflow.py": {"globals"}, "client.py": {"getattr"}, "calls.py": {"getattr"}}
 
 
 @pytest.mark.parametrize(
-    "file", [*HERE.glob("graphs/*.py"), *(HERE / f"{n}.py" for n in ("agentflow", "client", "worker"))],
+    "file",
+    [*HERE.glob("graphs/*.py"), *(HERE / f"{name}.py" for name in MAIN)],
     ids=lambda file: file.name,
-)  # fmt: skip
+)
 def test_nothing_is_evaluated_unpickled_or_formatted(file: Path) -> None:
     found = [*ast.walk(ast.parse(file.read_text()))]
     calls = [node.func for node in found if isinstance(node, ast.Call)]
@@ -3876,4 +3877,4 @@ def test_the_readme_lists_the_fields_of_the_node_types() -> None:
 
 
 def test_the_readme_is_read_in_ten_minutes() -> None:
-    assert len(README.split()) <= 1700
+    assert len([word for word in README.split() if re.search(r"\w", word)]) <= 1500
