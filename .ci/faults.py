@@ -227,6 +227,7 @@ def work(url: str, cells: Any, pause: float, options: dict[str, Any]) -> None:
         worker.counts = Tally(worker.counts)
         worker.counts.cells = cells
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked since its birth
         await worker.run()
 
     logging.disable(logging.CRITICAL)
@@ -251,7 +252,10 @@ class Crew:
             self.cells.append(multiprocessing.Array("q", 20, lock=False))
             args = (self.args[0], self.cells[-1], *self.args[1:])
             self.alive.append(multiprocessing.get_context("fork").Process(target=work, args=args))
+            # A SIGTERM that comes before the child has a handler waits for it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             self.alive[-1].start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return missing
 
     def kill(self, process: Any) -> int:
