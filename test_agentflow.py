@@ -1849,6 +1849,22 @@ async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space)
     assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
 
 
+async def test_a_job_that_has_crashed_runs_alone(space: Space, gate: Path) -> None:
+    crashed = await flow("b", b={"gate": str(gate)}).run({}, space.executor)
+    other = await flow("a", a={"gate": str(gate)}).run({}, space.executor)
+    token = (await crashed.status()).tokens["b"]
+    space.redis.hset(space.key("run", crashed.id), f"crashes {crashed.id}/b/{token}", 1)
+
+    worker = space.worker()
+    await wait_until(lambda: worker._suspects and begun(gate, "a"))
+
+    assert not begun(gate, "b")
+    (gate / "a.go").touch()
+    await wait_until(lambda: begun(gate, "b"))
+    (gate / "b.go").touch()
+    assert [(await end_of(run)).status for run in (other, crashed)] == [COMPLETED] * 2
+
+
 async def test_a_node_without_retries_is_never_started_twice(space: Space, gate: Path) -> None:
     config = {"retries": 0}
     gated = flow("a -> b", a={"gate": str(gate), "config": config})
