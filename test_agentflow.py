@@ -1849,6 +1849,24 @@ async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space)
     assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
 
 
+async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) -> None:
+    binary = redis.Redis.from_url(space.url)  # what DUMP gives is no text
+    run = await flow("a -> b -> c").run({}, space.executor)
+    before = {name: binary.dump(name) for name in space.names()}
+    versions = []
+
+    for _ in range(2):
+        for name, dump in before.items():
+            binary.restore(name, 30_000_000, dump, replace=True)
+        worker = space.worker()
+        assert (await end_of(run)).status == COMPLETED
+        versions.append(space.redis.hget(space.key("run", run.id), "version"))
+        worker.stop()
+        await wait_until(lambda: space.inside[-1][1].done())
+
+    assert versions[0] != versions[1]
+
+
 async def test_a_job_that_has_crashed_runs_alone(space: Space, gate: Path) -> None:
     crashed = await flow("b", b={"gate": str(gate)}).run({}, space.executor)
     other = await flow("a", a={"gate": str(gate)}).run({}, space.executor)
