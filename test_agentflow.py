@@ -2860,14 +2860,14 @@ async def test_a_strange_run_id_finds_nothing_and_touches_nothing(shell: Shell) 
 
 
 async def test_control_characters_of_a_model_reach_no_terminal(shell: Shell, model: Model) -> None:
-    oops = (400, {}, json.dumps({"error": {"message": EVIL}}))
+    oops = (500, {}, json.dumps({"error": {"message": EVIL}}))
     model.script |= {"Ada": [EVIL] * 2, "Bob": [oops] * 2, "Which": [EVIL] * 4, "Eve": [EVIL] * 2}
     (shell.space.folder / "evil.json").write_text(
         json.dumps(
             graph(
                 "a -> w; w -go-> z; b e r -error-> x; r -left-> z; r -right-> z",
                 a=ASK,
-                b=ASK | {"promptTemplate": "Greet Bob."},
+                b=ASK | {"promptTemplate": "Greet Bob.", "config": {"retries": 1}},
                 r=ROUTE | {"config": {"retries": 0}},
                 e=ASK | {"promptTemplate": "Greet Eve.", "parse": "json", "config": {"retries": 1}},
                 w=WAIT | {"inputs": {"a": "a"}, "otherwise": "go"},
