@@ -51,16 +51,10 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import (
-    AsyncIterator,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-)
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -83,10 +77,6 @@ SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # ids become parts of jobs and o
 
 class GraphError(ValueError):
     """For who wrote a graph: every finding, a line each, with file, place and mend."""
-
-    def __init__(self, findings: list[str]) -> None:
-        super().__init__("\n".join(findings))
-        self.findings = findings
 
 
 class RunError(Exception):
@@ -122,6 +112,24 @@ def to_json(value: Any, what: str) -> str:
     if len(text) > MAX_VALUE:
         raise ValueError(f"{what} has {len(text):,} characters as JSON; {MAX_VALUE:,} are allowed")
     return text
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: ValueError also for NaN, for a key that stands twice, for deep nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r:.80} stands twice in an object")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @dataclass
@@ -167,25 +175,25 @@ class Context:
 
 DEFAULT = "default"  # the action of a node that answers nothing else, and of a plain edge
 ERROR = "error"  # the action of a node that has failed for good, where an edge carries it
+Finding = tuple[str, str]  # a place in a graph file, and what is wrong there
 
 
 class Field(NamedTuple):
-    """A field in a graph file: what it must be (a key of KINDS), and what it is for."""
+    """A field in a graph file."""
 
-    kind: str
+    kind: str  # what it must be: a key of KINDS in graphs/check.py
     about: str = ""
     required: bool = False
 
 
 @dataclass(frozen=True)
 class Child:
-    """A run to start for a node: of the flow with this id, with these inputs. What it gives is
-    its `final_output` (or whole context), or an object of the keys in `gives`."""
+    """A run to start for a node. What it gives is its `final_output` (or whole context), or an
+    object of the keys in `gives`."""
 
     flow: str
     inputs: dict[str, Any]
     gives: list[str] | None = None
-    values: dict[str, str] = field(default_factory=dict)  # its first context; execute fills it in
 
 
 @dataclass(frozen=True)
@@ -195,9 +203,7 @@ class Park:
 
     children: list[Child] = field(default_factory=list)
     question: str | None = None
-
-
-Finding = tuple[str, str]  # a place in a graph file, and what is wrong there
+    begun: list[dict[str, str]] = field(default_factory=list)  # by execute: the children's contexts
 
 
 class Node:
@@ -282,10 +288,10 @@ class Outcome(NamedTuple):
         return found | {"seconds": round(self.seconds, 3), "usage": self.usage}
 
 
-Retrying = Callable[[str, float], None]  # is told why a node waits, and how long
+Tell = Callable[..., None]  # records an event of a node: its name, and what belongs to it
 
 
-async def execute(node: Node, ctx: Context, failure: str, retrying: Retrying) -> Outcome | Park:
+async def execute(node: Node, ctx: Context, failure: str, tell: Tell) -> Outcome | Park:
     """One activation of a node, the same in every executor; `failure` is that of a child.
 
     RunError when it has failed for good and none of its edges carries the action `error`.
@@ -298,9 +304,11 @@ async def execute(node: Node, ctx: Context, failure: str, retrying: Retrying) ->
         if isinstance(prepared, Park):
             if prepared.children and ctx.depth >= MAX_DEPTH:
                 raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
-            begun = [(c, node.flow.registry[c.flow].begin(c.inputs)) for c in prepared.children]
-            return Park([replace(child, values=v) for child, v in begun], prepared.question)
-        result = await _attempts(node, ctx, prepared, retrying)
+            flows = node.flow.registry
+            return replace(
+                prepared, begun=[flows[c.flow].begin(c.inputs) for c in prepared.children]
+            )
+        result = await _attempts(node, ctx, prepared, tell)
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action != DEFAULT and action not in node.actions:
             raise ValueError(f"its action {action!r:.80} is on none of its edges")
@@ -314,7 +322,7 @@ async def execute(node: Node, ctx: Context, failure: str, retrying: Retrying) ->
         return Outcome(ERROR, changes, ctx.usage, time.monotonic() - started)
 
 
-async def _attempts(node: Node, ctx: Context, prepared: Any, retrying: Retrying) -> Any:
+async def _attempts(node: Node, ctx: Context, prepared: Any, tell: Tell) -> Any:
     work = node.rehearse if ctx.dry_run else node.exec
     started = time.monotonic()
     failures = refusals = 0
@@ -325,6 +333,10 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, retrying: Retrying)
                 return await work(prepared)
         except Permanent:
             raise
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise  # for this activation is to end
+            raise Permanent("it has cancelled itself") from error
         except TryLater as error:  # bounded by time, not by count
             refusals += 1
             delay = error.after or delay
@@ -338,7 +350,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, retrying: Retrying)
                 reason = f"no result within {node.timeout} seconds"
             if failures > node.retries:
                 raise (TimeoutError(reason) if limit.expired() else error) from None
-        retrying(reason, delay)
+        tell("retrying", error=reason, delay=round(delay, 3))
         await asyncio.sleep(delay)
 
 
@@ -374,19 +386,17 @@ class Flow:
     """A graph of nodes, ready to run; made by a Registry."""
 
     def __init__(self, id: str, graph: Mapping[str, Any], registry: Registry) -> None:
-        self.id = id
-        self.graph = graph
-        self.registry = registry
+        self.id, self.graph, self.registry = id, graph, registry
         self.inputs: dict[str, Any] = graph.get("inputs", {})
-        self.targets: dict[str, dict[str, list[str]]] = {str(n["id"]): {} for n in graph["nodes"]}
+        specs = {str(spec["id"]): spec for spec in graph["nodes"]}
+        self.targets: dict[str, dict[str, list[str]]] = {node: {} for node in specs}
         for edge in graph.get("edges", []):
             targets = self.targets[str(edge["source"])].setdefault(edge.get("action", DEFAULT), [])
             if str(edge["target"]) not in targets:
                 targets.append(str(edge["target"]))
         self.nodes: dict[str, Node] = {}
-        for spec in graph["nodes"]:
-            actions = [*self.targets[str(spec["id"])]]
-            self.nodes[str(spec["id"])] = Registry.types[spec["type"]](self, spec, actions)
+        for node, spec in specs.items():
+            self.nodes[node] = Registry.types[spec["type"]](self, spec, [*self.targets[node]])
         self._analyse()
 
     async def run(
@@ -412,6 +422,8 @@ class Flow:
             raise RunError(f'flow "{self.id}": input: {error}') from None
         return ctx.changes
 
+    # The rule.
+
     def first(self, id: str) -> tuple[State, list[str]]:
         """The state of a new run, and its start nodes, active under this id."""
         return self._activate(dict.fromkeys(self.starts, WAITING), {}, id)
@@ -433,13 +445,9 @@ class Flow:
     def _activate(
         self, tokens: dict[str, str], visits: dict[str, int], id: str
     ) -> tuple[State, list[str]]:
-        returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
-        busy = self._mask(tokens) & ~returned
-        ready = [
-            node
-            for node, mark in tokens.items()
-            if mark in (WAITING, RETURNED) and not self._blockers(node, mark, busy, returned)
-        ]
+        waiting = [node for node, mark in tokens.items() if mark in (WAITING, RETURNED)]
+        masks = self._masks(tokens)
+        ready = [node for node in waiting if not self._blockers(node, tokens[node], *masks)]
         for node in ready:
             if tokens[node] == WAITING and node in self._body:  # enters its loop from outside
                 inside = self._body[node]
@@ -448,6 +456,10 @@ class Flow:
                 visits = {**visits, node: visits.get(node, 0) + 1}
             tokens[node] = id
         return State(tokens, visits), ready
+
+    def _masks(self, tokens: Mapping[str, str]) -> tuple[int, int]:
+        returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
+        return self._mask(tokens) & ~returned, returned
 
     def _blockers(self, node: str, mark: str, busy: int, returned: int) -> int:
         """The tokens that a token waits for: those upstream, and, if it has come back to the head
@@ -458,9 +470,7 @@ class Flow:
 
     def blockers(self, tokens: Mapping[str, str], node: str) -> list[str]:
         """The nodes whose tokens a waiting node waits for."""
-        returned = self._mask(other for other, mark in tokens.items() if mark == RETURNED)
-        busy = self._mask(tokens) & ~returned
-        return self.members(self._blockers(node, tokens[node], busy, returned))
+        return self.members(self._blockers(node, tokens[node], *self._masks(tokens)))
 
     def is_upstream(self, node: str, other: str) -> bool:
         """Whether a token at the one node keeps one that waits at the other from running."""
@@ -470,8 +480,7 @@ class Flow:
 
     def _analyse(self) -> None:
         self._bit = {node: 1 << i for i, node in enumerate(self.nodes)}
-        leads = {node: self.leads_to(node) for node in self.nodes}
-        edges = [(source, target) for source in leads for target in leads[source]]
+        edges = [(node, target) for node in self.nodes for target in self.leads_to(node)]
         self.reach = self._upstream_along(edges)
         self.starts = [
             node
@@ -479,11 +488,11 @@ class Flow:
             if not self.reach[node] & (bit - 1)  # nothing before it in the file leads to it, and
             and all(self.reach[n] & bit for n in self.members(self.reach[node]))  # all from it
         ]
-        order = {node: None for node in self.starts}  # breadth-first, in file order
+        order = dict.fromkeys(self.starts)  # breadth-first, in file order
         for node in (queue := [*order]):
-            queue += [target for target in leads[node] if target not in order]
-            order |= dict.fromkeys(leads[node])
-        edges = [(source, target) for source in order for target in leads[source]]
+            queue += [target for target in self.leads_to(node) if target not in order]
+            order |= dict.fromkeys(self.leads_to(node))
+        edges = [(source, target) for source in order for target in self.leads_to(source)]
         # A loop nesting forest (Steensgaard 1993): a cycle's head is its member that is reached
         # first; without the edges back to the heads, the same again finds the loops inside.
         self.loops: list[Loop] = []
@@ -507,12 +516,12 @@ class Flow:
         """The targets of a node's edges, each once."""
         return [*dict.fromkeys(t for targets in self.targets[node].values() for t in targets)]
 
-    def _mask(self, nodes: Iterable[str]) -> int:
-        return sum(self._bit[node] for node in nodes)
-
     def members(self, mask: int) -> list[str]:
         """The nodes of a bit mask, in file order."""
         return [node for node, bit in self._bit.items() if mask & bit]
+
+    def _mask(self, nodes: Iterable[str]) -> int:
+        return sum(self._bit[node] for node in nodes)
 
     def _upstream_along(self, edges: list[tuple[str, str]]) -> dict[str, int]:
         """For each node the mask of those from which these edges lead to it."""
@@ -574,24 +583,6 @@ class Flow:
 # nodes of a graph can get into each other's way (I4), is checked by graphs/check.py.
 
 
-def parse_json(text: str) -> Any:
-    """Strict JSON: ValueError also for NaN, for a key that stands twice, for deep nesting."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {max(keys, key=keys.count)!r:.80} stands twice in an object")
-        return dict(pairs)
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 class Registry(Mapping[str, Flow]):
     """Flows by id, each checked and built when it is first asked for; GraphError, with every
     finding, where a flow, or one that it runs as a child, cannot run."""
@@ -608,7 +599,7 @@ class Registry(Mapping[str, Flow]):
     def load(cls, folder: str | Path) -> Registry:
         """The graphs in a folder; a file's stem is its flow's id. GraphError without a folder."""
         if not Path(folder).is_dir():
-            raise GraphError([f"{folder}: $: is not a folder; name the one with the graphs"])
+            raise GraphError(f"{folder}: $: is not a folder; name the one with the graphs")
         graphs: dict[str, Any] = {}
         for file in sorted(Path(folder).glob("*.json")):
             try:
@@ -618,8 +609,7 @@ class Registry(Mapping[str, Flow]):
         return cls(graphs, f"{folder}/")
 
     def __init__(self, graphs: Mapping[str, Any], folder: str = "") -> None:
-        self.graphs = graphs
-        self.folder = folder
+        self.graphs, self.folder = graphs, folder
         self._flows: dict[str, Flow] = {}
         self._bundles: dict[str, tuple[str, str]] = {}
 
@@ -635,7 +625,7 @@ class Registry(Mapping[str, Flow]):
     def __getitem__(self, id: str) -> Flow:
         if id not in self._flows:
             if findings := [text for check in self.checks for text in check(self, id)]:
-                raise GraphError(findings)
+                raise GraphError("\n".join(findings))
             self._flows[id] = Flow(id, self.graphs[id], self)
         return self._flows[id]
 
@@ -669,19 +659,24 @@ class Status:
     usage: dict[str, int]  # model tokens, by kind
     tokens: dict[str, str]  # node: mark
 
+    @classmethod
+    def of(cls, run: Run, flow: str, status: str, values: Mapping[str, str], **more: Any) -> Status:
+        """From a context as JSON texts."""
+        context = {key: json.loads(text) for key, text in values.items()}
+        result = json.loads(result_of(values)) if status == COMPLETED else None
+        return cls(run.id, flow, status, result, context, **more)
 
-class Run:
+
+class Run(Protocol):
     """One execution of a flow, from outside."""
 
     id: str
 
     def events(self) -> AsyncIterator[Event]:
         """What has happened, from the start, and what happens, until the run has ended."""
-        raise NotImplementedError
 
     async def status(self) -> Status:
         """Where the run stands now."""
-        raise NotImplementedError
 
     async def result(self) -> Any:
         """Wait for the end and give the result; RunError where the run failed or was cancelled."""
@@ -728,6 +723,11 @@ def event_of(event: str, id: str, flow: str, **more: Any) -> Event:
     return {"event": event, "run": id, "flow": flow} | {k: v for k, v in more.items() if v}
 
 
+def too_many_steps(node: str) -> str:
+    """What is said of a run that seems to go on for ever."""
+    return f'node "{node}": the run has taken {MAX_STEPS} steps; does a loop lack a limit?'
+
+
 class InMemoryExecutor:
     """Runs flows in this process, this many nodes at the same time."""
 
@@ -743,60 +743,48 @@ class MemoryRun(Run):
     """A run in this process, or a child of one; made, it runs."""
 
     def __init__(
-        self, id: str, flow: Flow, values: dict[str, str], dry_run: bool, slots: asyncio.Semaphore,
-        parent: MemoryRun | None = None,
+        self, id: str, flow: Flow, values: dict[str, str], dry_run: bool,
+        slots: asyncio.Semaphore, parent: MemoryRun | None = None,
     ) -> None:  # fmt: skip
-        self.id, self._flow, self._values = id, flow, values
-        self._dry_run, self._slots = dry_run, slots
-        self._status, self._error, self._steps = RUNNING, "", 0
-        self._depth: int = parent._depth + 1 if parent else 0
-        self._root: MemoryRun = parent._root if parent else self
-        self._usage: dict[str, int] = {}  # in a root: that of its children, too
-        self._log: list[Event] = []  # likewise
-        self._news: asyncio.Event | None = None  # set when something has happened, if one waits
-        self._over = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._questions: dict[str, asyncio.Future[Any]] = {}  # likewise, by run/node
-        self._state, ready = flow.first(new_id())
+        self.id, self.flow, self.values, self.dry_run, self.slots = id, flow, values, dry_run, slots
+        self.phase, self.error, self.steps, self.over = RUNNING, "", 0, asyncio.Event()
+        self.depth: int = parent.depth + 1 if parent else 0
+        self.root: MemoryRun = parent.root if parent else self  # which has what its children share:
+        self.usage, self.log, self.news = Counter[str](), list[Event](), asyncio.Event()
+        self.questions: dict[str, asyncio.Future[Any]] = {}  # by run/node
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.state, ready = flow.first(new_id())
         self._tell("started")
         self._queue(ready)
 
     async def events(self) -> AsyncIterator[Event]:
         """What has happened, from the start, and what happens, until the run has ended."""
         seen = 0
-        while self._status == RUNNING or seen < len(self._log):
-            if seen == len(self._log):
-                self._news = self._news or asyncio.Event()
-                await self._news.wait()
-            for event in self._log[seen:]:
+        while self.phase == RUNNING or seen < len(self.log):
+            if seen == len(self.log):
+                await self.news.wait()
+            for event in self.log[seen:]:
                 seen += 1
                 yield event
 
-    async def result(self) -> Any:
-        """Wait for the end and give the result; RunError where the run failed."""
-        await self._ended()
-        return json.loads(result_of(self._values))
-
     async def status(self) -> Status:
         """Where the run stands now."""
-        values = {key: json.loads(text) for key, text in self._values.items()}
-        result = json.loads(result_of(self._values)) if self._status == COMPLETED else None
-        where = (self.id, self._flow.id, self._status, result, values, self._error)
-        return Status(*where, self._usage, self._state.tokens)
+        more = {"error": self.error, "usage": dict(self.usage), "tokens": self.state.tokens}
+        return Status.of(self, self.flow.id, self.phase, self.values, **more)
 
     async def answer(self, node: str, value: Any, child: str = "") -> None:
         """Answer what a node, or one of a child run, asks; RunError where it asks nothing. The
         first answer wins."""
         asked = f"{child or self.id}/{node}"
-        if asked not in self._questions:
+        if asked not in self.questions:
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
-        self._questions.pop(asked).set_result(json.loads(to_json(value, "the answer")))
+        self.questions.pop(asked).set_result(json.loads(to_json(value, "the answer")))
 
     def _queue(self, nodes: list[str]) -> None:
         for node in nodes:
             task = asyncio.create_task(self._branch(node))
-            self._tasks.add(task)  # the event loop itself would forget it
-            task.add_done_callback(self._tasks.discard)
+            self.tasks.add(task)  # the event loop itself would forget it
+            task.add_done_callback(self.tasks.discard)
 
     async def _branch(self, node: str | None) -> None:
         """Run a node and, in the same task, the first of those that it leads to, and so on."""
@@ -809,21 +797,16 @@ class MemoryRun(Run):
             self._end(FAILED, str(error))
 
     async def _activate(self, id: str) -> Outcome:
-        node, visit = self._flow.nodes[id], self._state.visits.get(id, 1)
-        job = f"{self.id}/{id}/{self._state.tokens[id]}"
-        results: list[Any] | None = None
-        failure = ""
-
-        def retrying(reason: str, delay: float) -> None:
-            self._tell("retrying", node=id, error=reason, delay=round(delay, 3))
-
+        node, visit = self.flow.nodes[id], self.state.visits.get(id, 1)
+        tell = partial(self._tell, node=id)
+        job, failure, results = f"{self.id}/{id}/{self.state.tokens[id]}", "", None
         while True:
-            ctx = Context(self._values, job, visit, self._dry_run, self._depth, results)
-            async with self._slots:
-                outcome = await execute(node, ctx, failure, retrying)
-            if not isinstance(outcome, Park):
+            ctx = Context(self.values, job, visit, self.dry_run, self.depth, results)
+            async with self.slots:
+                outcome = await execute(node, ctx, failure, tell)
+            if isinstance(outcome, Outcome):
                 return outcome
-            self._tell("parked", node=id, question=outcome.question)
+            tell("parked", question=outcome.question)
             try:
                 results = await self._wait_for(job, id, outcome)
             except RunError as error:
@@ -832,54 +815,47 @@ class MemoryRun(Run):
     async def _wait_for(self, job: str, node: str, park: Park) -> list[Any]:
         if park.question is not None:
             answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            self._root._questions[f"{self.id}/{node}"] = answer
+            self.root.questions[f"{self.id}/{node}"] = answer
             return [await answer]
         runs: list[MemoryRun] = []
-        for i, child in enumerate(park.children):
-            flow = self._flow.registry[child.flow]
-            run = MemoryRun(child_id(job, i), flow, child.values, self._dry_run, self._slots, self)
+        for i, (child, values) in enumerate(zip(park.children, park.begun, strict=True)):
+            flow = self.flow.registry[child.flow]
+            run = MemoryRun(child_id(job, i), flow, values, self.dry_run, self.slots, self)
             runs.append(run)
         await asyncio.gather(*(run._ended() for run in runs))  # or until the first one has failed
         given = zip(runs, park.children, strict=True)
-        return [json.loads(result_of(run._values, child.gives)) for run, child in given]
+        return [json.loads(result_of(run.values, child.gives)) for run, child in given]
 
     async def _ended(self) -> None:
-        await self._over.wait()
-        if self._status != COMPLETED:
-            raise RunError(failure_of(self.id, self._flow.id, self._status, self._error))
+        await self.over.wait()
+        if self.phase != COMPLETED:
+            raise RunError(failure_of(self.id, self.flow.id, self.phase, self.error))
 
     def _commit(self, node: str, outcome: Outcome) -> list[str]:
-        if self._steps >= MAX_STEPS:
+        if self.steps >= MAX_STEPS:
             raise RunError(too_many_steps(node))
-        event = outcome.event(node, self._state.visits)
-        self._state, ready = self._flow.advance(self._state, node, outcome.action, new_id())
-        self._steps += 1
-        self._values = self._values | outcome.changes
-        for kind, count in outcome.usage.items():
-            self._root._usage[kind] = self._root._usage.get(kind, 0) + count
+        event = outcome.event(node, self.state.visits)
+        self.state, ready = self.flow.advance(self.state, node, outcome.action, new_id())
+        self.steps += 1
+        self.values = self.values | outcome.changes
+        self.root.usage.update(outcome.usage)
         self._tell("done", **event)
-        if not self._state.tokens:
+        if not self.state.tokens:
             self._end(COMPLETED)
         # A failed run keeps what its other nodes still finish, but goes on to nothing.
-        return ready if self._status == RUNNING else []
+        return ready if self.phase == RUNNING else []
 
-    def _end(self, status: str, error: str = "") -> None:
-        if self._status == RUNNING:
-            self._status, self._error = status, error
-            self._tell(status, error=error)
-            self._over.set()
+    def _end(self, phase: str, error: str = "") -> None:
+        if self.phase == RUNNING:
+            self.phase, self.error = phase, error
+            self._tell(phase, error=error)
+            self.over.set()
 
     def _tell(self, event: str, **more: Any) -> None:
-        found = event_of(event, self.id, self._flow.id, **more)
-        self._root._log.append({"at": time.time(), **found})
-        if news := self._root._news:
-            self._root._news = None
-            news.set()
-
-
-def too_many_steps(node: str) -> str:
-    """What is said of a run that seems to go on for ever."""
-    return f'node "{node}": the run has taken {MAX_STEPS} steps; does a loop lack a limit?'
+        at = {"at": time.time()}
+        self.root.log.append(at | event_of(event, self.id, self.flow.id, **more))
+        self.root.news.set()  # wakes who waits now,
+        self.root.news.clear()  # and nobody later
 
 
 # ── 6. Redis: keys and scripts ───────────────────────────────────────────────────────────────
@@ -889,8 +865,7 @@ def too_many_steps(node: str) -> str:
 #   key                    type        holds
 #   ready                  list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
 #   processing:<worker>    list        what this worker has taken and not yet given back
-#   workers                sorted set  who exists, by the time of joining
-#   buried                 sorted set  who was found dead, by the time of that; for a day
+#   workers                sorted set  who exists, by when they were last heard of
 #   worker:<worker>        string      there while the worker lives (a TTL): what it is doing
 #   runs                   sorted set  runs that a user started, by the time of starting
 #   run:<id>               hash        origin, status, version, tokens, visits, steps, error, usage
@@ -902,7 +877,9 @@ def too_many_steps(node: str) -> str:
 # A job is always in one of the lists, so that no worker's death can lose it:
 #
 #   ready --BLMOVE--> processing:<worker> --CLAIM--> prep, exec, post --COMMIT--> gone, its
-#     '<--REAP, GIVE_BACK--'                                      successors are in ready
+#     '<---GIVE_BACK---'                                          successors are in ready
+
+DAY = 24 * 3600  # seconds
 
 
 @dataclass(frozen=True)
@@ -923,7 +900,7 @@ class Origin:
 # object, `a`; context keys and values follow as they are, for Lua would make {} of [] and round
 # integers.
 SHARED = """
-local run, context, parked, events, root, parent, parents_parked, ready, mine = unpack(KEYS)
+local run, context, parked, ready, mine, events, root, parent, parents_parked = unpack(KEYS)
 local call, a = redis.call, cjson.decode(ARGV[1])
 
 local function push(list, jobs)
@@ -939,31 +916,29 @@ local function live(days)  -- a child's events are its root's
   for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
   call('EXPIRE', events, (run == root and days or 30) * 86400)
 end
-local function crash(run, job)
-  if call('EXISTS', run) == 1 then call('HINCRBY', run, 'crashes ' .. job, 1) end
-end
 local function is_active(run, job)  -- its token is still there, and the run is running
   local node, token = string.match(job, '/(.*)/(.*)')
   local found = call('HMGET', run, 'status', 'tokens')
   return found[1] == 'running' and cjson.decode(found[2])[node] == token
 end
 -- What a job waits for is noted once, and before any child that will give it is there: whoever
--- cancels the run must find the children.
+-- cancels the run must find the children. `left` says how many are to come before the job has
+-- something to read: all of them, or one failure, which therefore counts as much as all.
 local function expect(parked, job)
   if call('HSETNX', parked, job, a.question or '') == 1 then
     call('HSET', parked, job .. ' count', a.count, job .. ' left', a.count)
     call('EXPIRE', parked, 30 * 86400)
   end
 end
--- A child's end, or a person's answer, is noted once. It queues the job if that is parked and now
--- has something to read: all that it waits for, or a failure.
+-- A child's end, or a person's answer, is noted once, and queues the job if it is parked and has
+-- something to read.
 local function tell(run, parked, job, index, status)
   if call('HEXISTS', parked, job) == 0 then return 0 end  -- nobody waits for it any more
   if call('HSETNX', parked, job .. ' ' .. index, a.told) == 0 then return 0 end
   call('HSET', run, 'version', a.version)
-  local left = call('HINCRBY', parked, job .. ' left', -1)
-  if status ~= 'completed' then call('HINCRBY', parked, job .. ' bad', 1) end
-  if (left == 0 or status ~= 'completed') and call('HGET', run, 'status') == 'running'
+  local weight = status == 'completed' and 1 or call('HGET', parked, job .. ' count')
+  local left = call('HINCRBY', parked, job .. ' left', -weight)
+  if left <= 0 and call('HGET', run, 'status') == 'running'
      and call('HDEL', parked, job .. ' is parked') == 1 then
     push(ready, {job})
   end
@@ -992,7 +967,7 @@ class Script:
 
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active.
-#   KEYS  .. ready, graph, runs
+#   KEYS  .. parents_parked, graph, runs
 #   a     run version origin tokens visits jobs event parent, graph or (of a child) count
 START = Script("""
 if call('EXISTS', run) == 1 then return 0 end
@@ -1007,30 +982,27 @@ live(30)
 if a.parent ~= '' then
   expect(parents_parked, a.parent)
 else
-  call('SET', KEYS[9], a.graph, 'EX', 30 * 86400)
-  call('ZADD', KEYS[10], now, a.run)
+  call('SET', KEYS[10], a.graph, 'EX', 30 * 86400)
+  call('ZADD', KEYS[11], now, a.run)
 end
 return 1
 """)
 
-# CLAIM reads what is needed to run jobs of one run.
-#   KEYS  run, context, parked
-#   a     jobs
-#   gives version, status, tokens, visits, steps, origin; context; crashes of each job; parked
+# CLAIM reads what is needed to run a job.
+#   KEYS  .. parked
+#   a     job
+#   gives version, status, tokens, visits, steps, origin; context; crashes of the job; parked
 CLAIM = Script("""
 local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
-local crashes, waits = {}, {}
-for i, job in ipairs(a.jobs) do
-  crashes[i] = call('HGET', run, 'crashes ' .. job) or '0'
-  if call('HEXISTS', parked, job) == 1 then waits = call('HGETALL', parked) end
-end
-return {found, call('HGETALL', context), crashes, waits}
+local crashes = call('HGET', run, 'crashes ' .. a.job) or 0
+local waits = call('HEXISTS', parked, a.job) == 1 and call('HGETALL', parked) or {}
+return {found, call('HGETALL', context), tonumber(crashes), waits}
 """)
 
 # COMMIT is the only way in which a run moves: all of it if the run's version is still the one that
 # the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
 # whoever commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
-#   KEYS  .. processing
+#   KEYS  .. parents_parked
 #   a     seen version done tokens visits steps usage log keep queue, over event parent index told
 #   gives the status, or as CLAIM does what stands there instead
 COMMIT = Script("""
@@ -1055,7 +1027,7 @@ return {found[2]}
 
 # FAIL ends a run, whose tokens stay. Only a job's custodian may: a worker that was taken for dead
 # must not fail what another one is doing.
-#   KEYS  .. processing
+#   KEYS  .. parents_parked
 #   a     job version error event parent index told
 #   gives 1 if the job was in custody
 FAIL = Script("""
@@ -1066,90 +1038,59 @@ return 1
 """)
 
 # PARK ends the custody of a job until there is something for it to read; if there is already, the
-# job is queued. That of a cancelled run stays: its worker has to cancel the children first.
-#   KEYS  .. processing
+# job is queued.
+#   KEYS  .. events
 #   a     job version count question event
-#   gives the run's status
 PARK = Script("""
-local status = call('HGET', run, 'status')
-if not status or status == 'cancelled' then return status end
-if call('LREM', mine, 0, a.job) == 0 or status ~= 'running' then return status end
+if call('LREM', mine, 0, a.job) == 0 or call('HGET', run, 'status') ~= 'running' then return end
 expect(parked, a.job)
 call('HSET', run, 'version', a.version)
 note({a.event})
-local found = call('HMGET', parked, a.job .. ' left', a.job .. ' bad')
-if tonumber(found[1]) <= 0 or tonumber(found[2] or 0) > 0 then
+if tonumber(call('HGET', parked, a.job .. ' left')) <= 0 then
   push(ready, {a.job})
 else
   call('HSET', parked, a.job .. ' is parked', 1)
 end
-return status
 """)
 
-# GIVE_BACK puts a job back to where it is taken next; or drops it, if nothing is left to do.
-#   KEYS  run, processing, ready
-#   a     job crashed drop
+# GIVE_BACK puts a job back to where it is taken next, or drops it if nothing is left to do: a
+# worker's own, or that of a worker that is `dead`, if it still is.
+#   KEYS  .. mine, heartbeat
+#   a     job crashed dead drop
 #   gives 1 if it was in custody
 GIVE_BACK = Script("""
-if call('LREM', KEYS[2], 0, a.job) == 0 then return 0 end
-if a.crashed then crash(run, a.job) end
-if not a.drop or is_active(run, a.job) then call('RPUSH', KEYS[3], a.job) end
+if a.dead and call('EXISTS', KEYS[6]) == 1 then return 0 end
+if call('LREM', mine, 0, a.job) == 0 then return 0 end
+if a.crashed and call('EXISTS', run) == 1 then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
+if not a.drop or is_active(run, a.job) then call('RPUSH', ready, a.job) end
 return 1
 """)
 
-# REAP gives back what a dead worker had taken, counts a crash for each, and buries the worker.
-#   KEYS  heartbeat, processing, workers, buried, ready, the run of each job
-#   a     worker jobs
-#   gives how many jobs it gave back
-REAP = Script("""
-if call('EXISTS', KEYS[1]) == 1 then return 0 end
-local moved = 0
-for i, job in ipairs(a.jobs) do
-  if call('LREM', KEYS[2], 0, job) > 0 then
-    moved = moved + 1
-    crash(KEYS[5 + i], job)
-    call('RPUSH', KEYS[5], job)
-  end
-end
-local now = call('TIME')[1]
-if call('ZREM', KEYS[3], a.worker) == 1 then call('ZADD', KEYS[4], now, a.worker) end
-call('ZREMRANGEBYSCORE', KEYS[4], 0, now - 86400)
-return moved
-""")
-
-# BEAT keeps a worker alive: with PEXPIRE, which works at maxmemory, where SET does not. A key that
-# is gone while the worker is still in `workers` means that Redis was away, and is set again.
+# BEAT keeps a worker alive: with PEXPIRE, which works at maxmemory, where SET does not.
 #   KEYS  heartbeat, workers
-#   a     worker lease doing born
-#   gives 0 if the worker was buried
+#   a     worker lease doing
 BEAT = Script("""
-if a.born then call('ZADD', KEYS[2], call('TIME')[1], a.worker) end
-local alive = call('PEXPIRE', KEYS[1], a.lease) == 1
-if not alive and not call('ZSCORE', KEYS[2], a.worker) then return 0 end
+call('PEXPIRE', KEYS[1], a.lease)
 redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
-return 1
+redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
-# CANCEL ends a run for good, and queues each job with children: who takes it cancels those.
+# CANCEL ends a run for good.
+#   KEYS  .. parents_parked
 #   a     version error event parent index told
 #   gives the status that it found
 CANCEL = Script("""
 local status = call('HGET', run, 'status')
-if status ~= 'running' and status ~= 'failed' then return status end
-finish('cancelled')
-for _, name in ipairs(call('HKEYS', parked)) do
-  local job = string.match(name, '^(.*) count$')
-  if job then
-    call('HDEL', parked, job .. ' is parked')
-    push(ready, {job})
-  end
+if status == 'running' or status == 'failed' then
+  finish('cancelled')
+  live(7)
 end
-live(7)
 return status
 """)
 
 # RESUME queues each active token of a failed run anew, its crashes forgotten. A child takes back
 # what it told its parent, which then waits for it again.
+#   KEYS  .. parents_parked
 #   a     run version event parent index
 #   gives the status that it found
 RESUME = Script("""
@@ -1161,8 +1102,8 @@ end
 call('HSET', run, 'status', 'running', 'version', a.version, 'steps', 0)
 put_context()
 if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) == 1 then
-  call('HINCRBY', parents_parked, a.parent .. ' left', 1)
-  call('HINCRBY', parents_parked, a.parent .. ' bad', -1)
+  local count = call('HGET', parents_parked, a.parent .. ' count')
+  call('HINCRBY', parents_parked, a.parent .. ' left', count)
 end
 for node, mark in pairs(cjson.decode(found[2])) do
   if mark ~= 'waiting' and mark ~= 'returned' then
@@ -1177,19 +1118,13 @@ return found[1]
 """)
 
 # ANSWER gives a person's answer to the job that asked.
+#   KEYS  .. events
 #   a     job version told event
 #   gives 1 if it was the first answer to a question
 ANSWER = Script("""
 if not is_active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
 if tell(run, parked, a.job, 0, 'completed') == 0 then return 0 end
 note({a.event})
-return 1
-""")
-
-# NOTE records an event of a run that is still there.
-#   a     event
-NOTE = Script("""
-if call('EXISTS', run) == 1 then note({a.event}) end
 return 1
 """)
 
@@ -1266,6 +1201,24 @@ class Link:
                 delay, self.back_since = 0.0, time.monotonic()
         self._flushing = None
 
+    async def _exchange(self, batch: list[Any]) -> list[Any]:
+        """Send, and hand out the replies; gives back what has to be sent again."""
+        try:
+            if not self._loaded:
+                await self.ask([("SCRIPT", "LOAD", script.text) for script in SCRIPTS])
+            replies = await self.ask([command for command, _ in batch])
+        except Exception as error:
+            replies = [error] * len(batch)
+        self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
+        failed = []
+        for (command, future), reply in zip(batch, replies, strict=True):
+            if isinstance(reply, Exception) and transient(reply):
+                failed.append((command, future))
+            elif not future.cancelled():
+                give = future.set_exception if isinstance(reply, Exception) else future.set_result
+                give(reply)
+        return failed
+
     async def ask(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         """The replies, a refused command's error among them. Packed and sent in one go, which
         costs a worker a sixth less than a pipeline of redis-py."""
@@ -1284,27 +1237,6 @@ class Link:
             raise
         return replies
 
-    async def _exchange(self, batch: list[Any]) -> list[Any]:
-        """Send, and hand out the replies; gives back what has to be sent again."""
-        try:
-            if not self._loaded:
-                await self.ask([("SCRIPT", "LOAD", script.text) for script in SCRIPTS])
-            replies = await self.ask([command for command, _ in batch])
-        except Exception as error:
-            replies = [error] * len(batch)
-        self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
-        failed = []
-        for (command, future), reply in zip(batch, replies, strict=True):
-            if future.cancelled():
-                continue
-            if not isinstance(reply, Exception):
-                future.set_result(reply)
-            elif transient(reply):
-                failed.append((command, future))
-            else:
-                future.set_exception(reply)
-        return failed
-
 
 def pairs(flat: Any) -> dict[str, str]:
     """A hash, in whichever form Redis gave it."""
@@ -1318,19 +1250,21 @@ class RedisExecutor:
         self.link = Link(url)
         self.send = self.link.send
         self.namespace = namespace
+        self.name = "client"  # or that of a worker; a client never has a job
 
     def key(self, *parts: str) -> str:
         """A key's name. All have one hash tag, and so one slot of a Redis Cluster."""
         return f"{{{self.namespace}}}:{':'.join(parts)}"
 
+    def keys(self, run: str, worker: str = "") -> list[str]:
+        """The keys of a run, and of its jobs' custody, in the order that scripts know."""
+        names = [("run", run), ("run", run, "context"), ("run", run, "parked"), ("ready",)]
+        return [self.key(*name) for name in [*names, ("processing", worker or self.name)]]
+
     async def open(self) -> None:
         """Find out at once whether Redis is there and will do: RedisError where not."""
         probe = self.key("ready", "probe")
         await self.link.client.lmove(probe, probe, "RIGHT", "LEFT")
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self.link.close()
 
     async def run(self, flow: Flow, inputs: Mapping[str, Any], dry_run: bool = False) -> RedisRun:
         """Queue the start nodes of a new run. RunError where an input is missing or not JSON."""
@@ -1340,17 +1274,11 @@ class RedisExecutor:
         await run.start(flow, flow.begin(inputs), graph=graph)
         return run
 
-    async def look_for(self, id: str) -> RedisRun | None:
+    async def find(self, id: str) -> RedisRun | None:
         """The run with this id, if there is one."""
         key = self.key("run", id)
         origin = await self.send("HGET", key, "origin") if SAFE_ID.fullmatch(id) else None
         return RedisRun(self, id, Origin(**json.loads(origin))) if origin else None
-
-    async def find(self, id: str) -> RedisRun:
-        """A run that exists; RunError where it does not."""
-        if run := await self.look_for(id):
-            return run
-        raise RunError(f"there is no run {id!r:.140} on this Redis; it may have expired")
 
 
 class RedisRun(Run):
@@ -1359,9 +1287,8 @@ class RedisRun(Run):
     def __init__(self, executor: RedisExecutor, id: str, origin: Origin) -> None:
         self.executor, self.id, self.origin = executor, id, origin
         root, parent = origin.root, origin.parent.partition("/")[0] or id
-        names = [(id,), (id, "context"), (id, "parked"), (root, "events"), (root,)]
-        names += [(parent,), (parent, "parked")]
-        self.keys = [executor.key("run", *name) for name in names] + [executor.key("ready")]
+        names = [(root, "events"), (root,), (parent,), (parent, "parked")]
+        self.keys = executor.keys(id) + [executor.key("run", *name) for name in names]
 
     def change(
         self, script: Script, *keys: str, values: Mapping[str, str] = {}, **a: Any
@@ -1385,12 +1312,9 @@ class RedisRun(Run):
         """Make the run: a user's with its `graph`, or a child with the `count` of them."""
         version = new_id()
         (tokens, visits), ready = flow.first(version)
-        a = {
-            "origin": encode({name: value for name, value in vars(self.origin).items() if value}),
-            "event": self.event("started"),
-            **more,
-        }
-        a |= {"tokens": encode(tokens), "visits": encode(visits), "version": version}
+        origin = {name: value for name, value in vars(self.origin).items() if value}
+        a = {"origin": encode(origin), "event": self.event("started"), "version": version, **more}
+        a |= {"tokens": encode(tokens), "visits": encode(visits)}
         a |= {"jobs": [f"{self.id}/{node}/{version}" for node in ready]}
         key = self.executor.key
         await self.change(START, key("graph", self.origin.graph), key("runs"), values=values, **a)
@@ -1400,18 +1324,16 @@ class RedisRun(Run):
         run, values = [pairs(await self.executor.send("HGETALL", key)) for key in self.keys[:2]]
         if not run:
             raise RunError(f"run {self.id} is no longer on this Redis")
-        context = {key: json.loads(text) for key, text in values.items()}
-        result = json.loads(result_of(values)) if run["status"] == COMPLETED else None
         usage = {name[6:]: int(count) for name, count in run.items() if name.startswith("usage ")}
-        where = (self.id, self.origin.flow, run["status"], result, context, run.get("error", ""))
-        return Status(*where, usage, json.loads(run["tokens"]))
+        more = {"error": run.get("error", ""), "usage": usage, "tokens": json.loads(run["tokens"])}
+        return Status.of(self, self.origin.flow, run["status"], values, **more)
 
     async def events(self) -> AsyncIterator[Event]:
         """What has happened, from the start, and what happens, until the run has ended."""
         last, send = "-", self.executor.send
         while True:
             status = await send("HGET", self.keys[0], "status")
-            found = await send("XRANGE", self.keys[3], last, "+", "COUNT", 1000)
+            found = await send("XRANGE", self.keys[5], last, "+", "COUNT", 1000)
             for id, fields in found:
                 last = f"({id}"
                 yield {"at": int(id.split("-")[0]) / 1000, **json.loads(pairs(fields)["event"])}
@@ -1423,19 +1345,25 @@ class RedisRun(Run):
     async def children(self) -> list[RedisRun]:
         """The children that its active jobs have started so far."""
         found = []
-        for name, text in pairs(await self.executor.send("HGETALL", self.keys[2])).items():
+        for name, count in pairs(await self.executor.send("HGETALL", self.keys[2])).items():
             if name.endswith(" count"):
                 job = name.removesuffix(" count")
-                ids = [child_id(job, i) for i in range(int(text))]
-                found += [run for id in ids if (run := await self.executor.look_for(id))]
+                ids = [child_id(job, i) for i in range(int(count))]
+                found += [run for id in ids if (run := await self.executor.find(id))]
         return found
 
     async def cancel(self) -> None:
-        """End the run for good, its nodes and children within about a second. RunError where it
-        has ended."""
-        found = await self.change(CANCEL, **self.end(CANCELLED, "by request"))
+        """End the run and its children for good, their nodes within about a second; it may be
+        said again, should this process die meanwhile. RunError where the run has ended."""
+        found = await self._cancel("by request")
         if found not in (RUNNING, FAILED):
             raise RunError(f"run {self.id} is {found} already")
+
+    async def _cancel(self, why: str) -> str:
+        found = await self.change(CANCEL, **self.end(CANCELLED, why))
+        for child in await self.children():  # no more can come: START asks for the parent's status
+            await child._cancel("with its parent")
+        return str(found)
 
     async def resume(self, inputs: Mapping[str, Any] = {}) -> None:
         """Go on from exactly where the run, and children of it, failed, with these inputs over its
@@ -1454,16 +1382,18 @@ class RedisRun(Run):
     async def answer(self, node: str, value: Any) -> None:
         """Answer what a node asks; RunError where it asks nothing. The first answer wins."""
         job = f"{self.id}/{node}/{(await self.status()).tokens.get(node)}"
-        told = to_json([COMPLETED, value], "the answer")
-        if not await self.change(
-            ANSWER, job=job, told=told, event=self.event("answered", node=node)
-        ):
+        told, event = to_json([COMPLETED, value], "the answer"), self.event("answered", node=node)
+        if not await self.change(ANSWER, job=job, told=told, event=event):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
 
     async def keep_alive(self) -> None:
         """Refresh the TTL of a run that has not ended, of its graph, and of its children."""
         if (await self.status()).status in (RUNNING, FAILED):
-            for key in [*self.keys[:4], self.executor.key("graph", self.origin.graph)]:
+            for key in [
+                *self.keys[:3],
+                self.keys[5],
+                self.executor.key("graph", self.origin.graph),
+            ]:
                 await self.executor.send("EXPIRE", key, 30 * 86400)
             for child in await self.children():
                 await child.keep_alive()
@@ -1483,28 +1413,50 @@ class View(RedisRun):
     def __init__(self, executor: RedisExecutor, id: str, origin: Origin, flow: Flow) -> None:
         super().__init__(executor, id, origin)
         self.flow = flow
-        self.ended: list[tuple[str, Outcome]] = []  # jobs that wait for the next commit
-        self.committing = False
+        self.ended: dict[str, Outcome] = {}  # jobs that wait for the next commit
+        self.turn = asyncio.Lock()  # a run's commits take turns
 
-    def update(self, found: list[str], context: dict[str, str]) -> None:
+    def update(self, found: list[str], context: Any) -> None:
         """Take over what stands in Redis."""
         self.version, self.phase, tokens, visits, steps = found[:5]
         self.state, self.steps = State(json.loads(tokens), json.loads(visits)), int(steps)
-        self.context = context
+        self.context = pairs(context)
 
-    def holds(self, job: str) -> bool:
-        """Whether the job's token is still there: nobody has committed it."""
-        _, node, token = job.split("/")
-        return self.phase != CANCELLED and self.state.tokens.get(node) == token
+    def decide(
+        self, ended: Mapping[str, Outcome], version: str
+    ) -> tuple[State, list[str], list[str], dict[str, str]]:
+        """What jobs that have ended lead to: the state, jobs and events; and the jobs that cannot
+        be committed, with the reason for which the run fails, or none if somebody else had it."""
+        state, ready, events = self.state, list[str](), list[str]()
+        refused = dict[str, str]()
+        for job, outcome in ended.items():
+            _, node, token = job.split("/")
+            if self.phase == CANCELLED or state.tokens.get(node) != token:
+                refused[job] = ""
+                continue
+            event = self.event("done", **outcome.event(node, state.visits))
+            try:
+                if self.steps + len(ended) > MAX_STEPS:
+                    raise RunError(too_many_steps(node))
+                state, nodes = self.flow.advance(state, node, outcome.action, version)
+                ready += [f"{self.id}/{node}/{version}" for node in nodes]
+                events.append(event)
+            except RunError as error:
+                refused[job] = str(error)
+        if self.phase == FAILED and not state.tokens:
+            refused = dict.fromkeys(ended, "")  # else a resume would find nothing to go on from
+        return state, ready, events, refused
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """A job in this worker's custody."""
 
     view: View | None = None  # once it is claimed
-    task: asyncio.Task[Outcome | Park] | None = None  # while its node executes
+    results: list[Any] | None = None  # what came of what it was parked for,
+    failure: str = ""  # or went wrong there
     begun: bool = False
+    executing: asyncio.Task[None] | None = None  # may be cancelled
     since: float = field(default_factory=time.monotonic)
 
 
@@ -1512,40 +1464,31 @@ class Worker:
     """Runs jobs until it is told to stop. Times are in seconds."""
 
     def __init__(
-        self,
-        url: str = "redis://localhost:6379",
-        namespace: str = "agentflow",
-        concurrency: int = 10,
-        grace: float = 30.0,
-        lease: float = 6.0,
-        beat: float = 1.0,
-    ) -> None:
+        self, url: str = "redis://localhost:6379", namespace: str = "agentflow",
+        concurrency: int = 10, grace: float = 30.0, lease: float = 6.0, beat: float = 1.0,
+    ) -> None:  # fmt: skip
         self.executor = RedisExecutor(url, namespace)
         self.key, self.send = self.executor.key, self.executor.send
+        self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.executor.name = self.id
+        self.processing = self.key("processing", self.id)
         self.fetch = connect(url)  # BLMOVE waits on a connection of its own
         self.concurrency, self.grace, self.lease, self.beat = concurrency, grace, lease, beat
-        self.stopping = self._leaving = False
-        self._kept_alive = 0.0  # when the TTLs of runs were last refreshed
-        self.counts = dict.fromkeys(("done", "refused", "audited", "reaped", "buried"), 0)
+        self.stopping = self._leaving = self._careful = False
+        self.held: dict[str, Held] = {}  # by job
+        self.counts = Counter(dict.fromkeys(("done", "refused", "audited", "taken", "reaped"), 0))
+        self._views = WeakValueDictionary[str, View]()  # by run, while a job of it is held
         self._registries: dict[str, Registry] = {}  # by graph
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
-        self._be_born()
-
-    def _be_born(self) -> None:
-        self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
-        self.processing = self.key("processing", self.id)
-        self.held: dict[str, Held] = {}  # by job
-        self._views = WeakValueDictionary[str, View]()  # by run, while a job or a commit has it
-        self._suspects: dict[str, tuple[list[Any] | None, str]] = {}  # jobs that crashed before
-        self._alone = ""  # the suspect that runs
-        self._unknown: set[str] = set()  # in our list, but not held, when we looked last
+        self._odd: set[str] = set()  # jobs listed but not held, or held but not listed, last time
+        self._kept_alive = 0.0  # when the TTLs of runs were last refreshed
 
     async def run(self) -> None:
         """Work until `stop` is called. RedisError where Redis is not there or will not do."""
         await self.executor.open()
-        await self._beat(born=True)
-        tick = self._spawn(self._tick())
+        await self._beat()
+        tick = asyncio.create_task(self._tick())
         while not self.stopping:
             self._freed.clear()
             if (room := self._room()) > 0:
@@ -1556,9 +1499,9 @@ class Worker:
         while self.held and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._leaving = True
-        await asyncio.wait([self._spawn(self._leave(tick))], timeout=5)  # Redis may be away
+        await asyncio.wait([asyncio.create_task(self._leave(tick))], timeout=5)  # or Redis is away
         await self.fetch.aclose()
-        await self.executor.close()
+        await self.executor.link.close()
 
     def stop(self) -> None:
         """Take no more; end when what is held has ended, at the latest after the grace period."""
@@ -1567,77 +1510,106 @@ class Worker:
 
     async def _leave(self, tick: asyncio.Task[Any]) -> None:
         await tick
-        await self._hand_back()
+        for job in {*await self.send("LRANGE", self.processing, 0, -1), *self.held}:
+            await self._give_back(job)
         await self.send("ZREM", self.key("workers"), self.id)
         await self.send("DEL", self.key("worker", self.id))
 
+    # A job's way: taken, claimed, executed, and committed, parked, failed or given back. It is
+    # forgotten here before its custody ends in Redis: from then on it may come back at once.
+
     def _room(self) -> int:
-        return 0 if self._suspects or self._alone else self.concurrency - len(self.held)
-
-    def _spawn(self, work: Coroutine[Any, Any, Any], run: str = "") -> asyncio.Task[Any]:
-        def landed(task: asyncio.Task[Any]) -> None:
-            self._tasks.discard(task)
-            if not task.cancelled() and (error := task.exception()):
-                log.error("Redis refused a command; its jobs will be audited", exc_info=error)
-                jobs = [job for job, held in self.held.items() if not held.task]
-                self._forget(job for job in jobs if job.startswith(f"{run}/"))
-
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(landed)
-        return task
-
-    # Taking jobs, and running them.
+        if self._careful:
+            return 0 if self.held else 1
+        return self.concurrency - len(self.held)
 
     async def _take(self, room: int) -> None:
         """Take up to this many jobs; return after a second without one."""
-        processing = self.processing
-        ends = (self.key("ready"), processing)
+        ends = (self.key("ready"), self.processing, "RIGHT", "LEFT")
         taken: list[Any] = []
         try:
-            taken.append(await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT"))
+            taken.append(await self.fetch.blmove(ends[0], ends[1], 1, *ends[2:]))
             if taken[0] and room > 1 and not self.stopping:
                 async with self.fetch.pipeline(transaction=False) as pipe:
                     for _ in range(room - 1):
-                        pipe.lmove(*ends, "RIGHT", "LEFT")
+                        pipe.lmove(*ends)
                     taken += await pipe.execute()
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
             await asyncio.sleep(0.2)
-        by_run: dict[str, list[str]] = {}
         for job in filter(None, taken):
-            if self.stopping or processing != self.processing:  # or we were buried meanwhile
-                await self._give_back(job, processing)
+            if self.stopping:
+                await self._give_back(job)
             elif job not in self.held:  # else a resume queued it again
-                self.held[job] = Held()
-                by_run.setdefault(job.split("/")[0], []).append(job)
-        for run, jobs in by_run.items():
-            self._spawn(self._claim(run, jobs), run)
+                self._begin(job)
 
-    async def _claim(self, id: str, jobs: list[str]) -> None:
-        """Read what these jobs of one run need, and begin them."""
-        keys = [self.key("run", id), self.key("run", id, "context"), self.key("run", id, "parked")]
-        found, context, crashes, parked = await self.send(*CLAIM.on(keys, jobs=jobs))
+    def _begin(self, job: str, view: View | None = None) -> None:
+        held = self.held[job] = Held(view)
+        task = asyncio.create_task(self._work(job, held))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _work(self, job: str, held: Held) -> None:
+        """One delivery of a job. One that this worker's own commit has queued is claimed already:
+        its view is known."""
+        try:
+            if (view := held.view or await self._claim(job, held)) is None:
+                return
+            try:
+                outcome = await self._execute(view, job, held)
+            except RunError as error:
+                return await self._fail(view, job, str(error))
+            if self.held.get(job) is not held:
+                return  # somebody else has it by now
+            if isinstance(outcome, Park):
+                return await self._park(view, job, outcome)
+            view.ended[job] = outcome
+            async with view.turn:
+                await asyncio.sleep(0)  # so that what ends at the same time shares the commit
+                while view.ended:
+                    await self._commit(view)
+        except Exception:
+            log.exception("Redis refused a command; %s will be audited", job)
+            self._forget(job)
+
+    async def _claim(self, job: str, held: Held) -> View | None:
+        """Read what a job needs; None, and the job is let go, if it must not run, or not now."""
+        id, node, token = job.split("/")
+        command = CLAIM.on(self.executor.keys(id), job=job)
+        found, context, crashes, parked = await self.send(*command)
         if not found[0]:
-            log.warning("run %s has expired; dropping %s", id, jobs)
-            for job in jobs:
-                await self._give_back(job, self.processing, drop=True)
-            return
+            log.warning("run %s has expired; dropping %s", id, job)
+            await self._give_back(job, drop=True)
+            return None
         origin = Origin(**json.loads(found[5]))
         try:
             flow = await self._flow(origin)
         except Exception as error:
-            for job in jobs:
-                text = f"worker {self.id} cannot build its flow: {error}"
-                await self._fail(RedisRun(self.executor, id, origin), job, text)
-            return
-        view = self._views.setdefault(id, View(self.executor, id, origin, flow))
-        view.update(found, pairs(context))
-        for job, count in zip(jobs, crashes, strict=True):
-            if job in self.held:
-                self.held[job].view = view
-                await self._admit(view, job, int(count), pairs(parked))
+            text = f"worker {self.id} cannot build its flow: {error}"
+            await self._fail(RedisRun(self.executor, id, origin), job, text)
+            return None
+        view = held.view = self._views.setdefault(id, View(self.executor, id, origin, flow))
+        view.update(found, context)
+        # A job that has crashed runs alone, so that it takes no other job down with it.
+        self._careful = crashes > 0 or (self._careful and len(self.held) > 1)
+        if view.phase != RUNNING or view.state.tokens.get(node) != token:  # a resume queues it anew
+            await self._give_back(job, drop=True)
+        elif crashes >= (CRASHES if flow.nodes[node].retries else 1):
+            text = f'node "{node}": {crashes} workers died while they ran it'
+            await self._fail(view, job, text)
+        elif self._careful and len(self.held) > 1:
+            await self._give_back(job)
+        if self.held.get(job) is not held:
+            return None
+        parked = pairs(parked)
+        count = int(parked.get(f"{job} count", 0))
+        told = [json.loads(parked.get(f"{job} {i}", "null")) for i in range(count)]
+        held.failure = next(
+            (text for status, text in filter(None, told) if status != COMPLETED), ""
+        )
+        held.results = [result for _, result in told] if told and all(told) else None
+        return view
 
     async def _flow(self, origin: Origin) -> Flow:
         if origin.graph not in self._registries:
@@ -1646,198 +1618,100 @@ class Worker:
             self._registries.setdefault(origin.graph, Registry(json.loads(graph or "{}")))
         return self._registries[origin.graph][origin.flow]
 
-    async def _admit(self, view: View, job: str, crashes: int, parked: dict[str, str]) -> None:
-        """Begin a claimed job, unless it must not run, or not yet."""
-        if view.phase == FAILED or not view.holds(job):
-            return await self._let_go(view, job)  # of a failed run: a resume queues it anew
-        node = view.flow.nodes[job.split("/")[1]]
-        if crashes >= (CRASHES if node.retries else 1):
-            text = f'node "{node.id}": {crashes} workers died while they ran it'
-            return await self._fail(view, job, text)
-        count = int(parked.get(f"{job} count", 0))
-        told = [json.loads(parked.get(f"{job} {i}", "null")) for i in range(count)]
-        failure = next((text for status, text in filter(None, told) if status != COMPLETED), "")
-        results = [result[1] for result in told] if told and all(told) else None
-        if crashes:
-            self._suspects[job] = (results, failure)
-            await self._run_suspect()
-        else:
-            self._begin(view, job, results, failure)
-
-    async def _run_suspect(self) -> None:
-        """Run a job that has crashed when nothing else runs here, so that it takes no other job
-        down with it; give back the other suspects."""
-        if self._suspects and not self._alone and self._suspects.keys() == self.held.keys():
-            (job, work), *others = self._suspects.items()
-            self._suspects, self._alone = {}, job
-            for other, _ in others:
-                await self._give_back(other, self.processing)
-            if (held := self.held.get(job)) and held.view:  # we may have been buried meanwhile
-                self._begin(held.view, job, *work)
-
-    def _begin(
-        self, view: View, job: str, results: list[Any] | None = None, failure: str = ""
-    ) -> None:
+    async def _execute(self, view: View, job: str, held: Held) -> Outcome | Park:
         node = view.flow.nodes[job.split("/")[1]]
         visit, origin = view.state.visits.get(node.id, 1), view.origin
-        ctx = Context(view.context, job, visit, origin.dry_run, origin.depth, results)
+        ctx = Context(view.context, job, visit, origin.dry_run, origin.depth, held.results)
 
-        def retrying(reason: str, delay: float) -> None:
-            event = view.event("retrying", node=node.id, error=reason, delay=round(delay, 3))
-            view.change(NOTE, event=event)  # nobody waits for it: a node may be cancelled
+        def tell(event: str, **more: Any) -> None:  # and nobody waits for it
+            text = view.event(event, node=node.id, **more)
+            self.send("XADD", view.keys[5], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text)
 
-        task = asyncio.create_task(execute(node, ctx, failure, retrying))
-        self.held[job] = Held(view, task, begun=True)
-        task.add_done_callback(lambda task: self._executed(view, job, task))
-
-    def _executed(self, view: View, job: str, task: asyncio.Task[Outcome | Park]) -> None:
-        held = self.held.get(job)
-        if not held or held.task is not task:
-            return  # it was cancelled, or we were buried
-        held.task = None
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if error:
-            text = str(error) if isinstance(error, RunError) else f"{error!r} in {job}"
-            self._spawn(self._fail(view, job, text), view.id)
-        elif isinstance(outcome := task.result(), Park):
-            self._spawn(self._park(view, job, outcome), view.id)
-        else:
-            view.ended.append((job, outcome))
-            if not view.committing:
-                self._spawn(self._commit_all(view), view.id)
-
-    # Letting go of jobs. A job is forgotten here before its custody ends in Redis: from then on it
-    # may come back at once.
-
-    async def _commit_all(self, view: View) -> None:
-        """A run's commits take turns; what ends meanwhile shares the next one."""
-        view.committing = True
+        held.begun, held.executing = True, asyncio.current_task()
         try:
-            while view.ended:
-                await asyncio.sleep(0)
-                batch, view.ended = view.ended, []
-                while batch and not await self._commit(view, batch):
-                    pass
+            return await execute(node, ctx, held.failure, tell)
         finally:
-            view.committing = False
+            held.executing = None
 
-    async def _commit(self, view: View, batch: list[tuple[str, Outcome]]) -> bool:
-        """Decide what these ends lead to, and record it. False where the run has moved on
-        meanwhile: the view has what stands there, and it must be decided again."""
-        seen, state, version, processing = view.version, view.state, new_id(), self.processing
-        context, steps, phase = view.context, view.steps, view.phase
-        jobs: list[str] = []  # that this makes active
-        log_: list[str] = []
-        refused: list[tuple[str, str]] = []
-        for job, outcome in [*batch]:
-            _, node, token = job.split("/")
-            try:
-                if phase == CANCELLED or state.tokens.get(node) != token:
-                    refused.append((job, ""))
-                elif steps + len(batch) > MAX_STEPS:
-                    raise RunError(too_many_steps(node))
-                else:
-                    event = view.event("done", **outcome.event(node, view.state.visits))
-                    state, ready = view.flow.advance(state, node, outcome.action, version)
-                    jobs += [f"{view.id}/{node}/{version}" for node in ready]
-                    log_.append(event)
-                    continue
-            except RunError as error:
-                refused.append((job, str(error)))
-            batch.remove((job, outcome))
-        if (
-            phase == FAILED and not state.tokens
-        ):  # a resume would find nothing to do: it redoes them
-            refused += [(job, "") for job, _ in batch]
-            batch.clear()
-        for job, text in refused:
-            self.counts["refused"] += 1
-            await (self._fail(view, job, text) if text else self._let_go(view, job))
-        if not batch:
-            return True
-        changes = {key: text for _, outcome in batch for key, text in outcome.changes.items()}
-        context, steps = context | changes, steps + len(batch)
-        room = 0 if self.stopping else max(1, self._room() + len(batch))
-        a: dict[str, Any] = {"seen": seen, "version": version, "steps": steps, "log": log_}
-        a |= {"tokens": encode(state.tokens), "visits": encode(state.visits)}
-        a |= {"done": [job for job, _ in batch], "keep": jobs[:room], "queue": jobs[room:]}
-        a["usage"] = add_up(outcome.usage for _, outcome in batch)
-        if not state.tokens:
-            a |= view.end(COMPLETED, result=result_of(context, view.origin.gives)) | {"over": True}
-        reply = await view.change(COMMIT, processing, values=changes, **a)
-        if len(reply) > 1 and reply[0][0]:
-            view.update(reply[0], pairs(reply[1]))
-            return False
-        if len(reply) > 1:  # the run has expired
-            for job, _ in batch:
-                await self._give_back(job, processing, drop=True)
-            return True
+    async def _commit(self, view: View) -> None:
+        """Record what the jobs that have ended lead to, decided anew whenever the run has moved."""
+        ended, view.ended = view.ended, {}
+        while ended:
+            seen, version = view.version, new_id()
+            state, ready, events, refused = view.decide(ended, version)
+            for job, why in refused.items():
+                self.counts["refused"] += 1
+                del ended[job]
+                await (self._fail(view, job, why) if why else self._give_back(job, drop=True))
+            if refused:
+                continue  # without them
+            changes = {key: text for out in ended.values() for key, text in out.changes.items()}
+            context, steps = view.context | changes, view.steps + len(ended)
+            room = 0 if self.stopping else max(1, self._room() + len(ended))
+            a: dict[str, Any] = {"seen": seen, "version": version, "steps": steps, "log": events}
+            a |= {"tokens": encode(state.tokens), "visits": encode(state.visits)}
+            a |= {"done": [*ended], "keep": ready[:room], "queue": ready[room:]}
+            a["usage"] = sum((Counter(out.usage) for out in ended.values()), Counter())
+            if not state.tokens:
+                a |= view.end(COMPLETED, result=result_of(context, view.origin.gives))
+                a["over"] = True
+            reply = await view.change(COMMIT, values=changes, **a)
+            if len(reply) == 1:
+                break
+            if reply[0][0]:
+                view.update(*reply)
+            else:  # the run has expired
+                for job in ended:
+                    await self._give_back(job, drop=True)
+                return
+        else:
+            return
         view.version, view.state, view.context, view.steps = version, state, context, steps
-        self.counts["done"] += len(batch)
-        for job, outcome in batch:
+        self.counts["done"] += len(ended)
+        for job in ready[:room] if reply[0] == RUNNING else ():
+            self._begin(job, view)
+        for job, outcome in ended.items():
             log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
-        for job in jobs[:room] if reply[0] == RUNNING else ():
-            if processing == self.processing:
-                self._begin(view, job)
-            else:  # we were buried meanwhile
-                await self._give_back(job, processing)
-        self._forget(a["done"])
-        return True
-
-    def _forget(self, jobs: Iterable[str]) -> None:
-        for job in jobs:
-            self.held.pop(job, None)
-            self._suspects.pop(job, None)
-            self._alone = "" if job == self._alone else self._alone
-        if self._suspects:
-            self._spawn(self._run_suspect())
-        self._freed.set()
-
-    async def _fail(self, run: RedisRun, job: str, text: str) -> None:
-        log.warning("failed %s", job)
-        self._forget([job])
-        if not await run.change(FAIL, self.processing, job=job, **run.end(FAILED, text)):
-            self.counts["refused"] += 1
-
-    async def _give_back(self, job: str, processing: str, drop: bool = False) -> None:
-        """Put a job back, or drop it if it cannot move; uncharged, unless it has begun and must
-        never begin twice."""
-        run, node, _ = job.split("/")
-        held = self.held.get(job, Held())
-        once = held.begun and held.view and not held.view.flow.nodes[node].retries
-        self._forget([job])
-        keys = [self.key("run", run), processing, self.key("ready")]
-        await self.send(*GIVE_BACK.on(keys, job=job, crashed=bool(once), drop=drop))
+            self._forget(job)
 
     async def _park(self, view: View, job: str, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
         origin = replace(view.origin, parent=job, depth=view.origin.depth + 1)
         count = len(park.children) or 1
-        starts: list[Coroutine[Any, Any, None]] = []
-        for i, child in enumerate(park.children):
+        starts = []
+        for i, (child, values) in enumerate(zip(park.children, park.begun, strict=True)):
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
             run = RedisRun(self.executor, child_id(job, i), theirs)
-            starts.append(run.start(view.flow.registry[child.flow], child.values, count=count))
+            starts.append(run.start(view.flow.registry[child.flow], values, count=count))
         for i in range(0, len(starts), 100):
             await asyncio.gather(*starts[i : i + 100])
-        a: dict[str, Any] = {"job": job, "count": count, "question": park.question or ""}
-        a["event"] = view.event("parked", node=job.split("/")[1], question=park.question)
-        self._forget([job])
-        if await view.change(PARK, self.processing, **a) == CANCELLED:
-            view.phase = CANCELLED
-            await self._let_go(view, job)
+        event = view.event("parked", node=job.split("/")[1], question=park.question)
+        self._forget(job)
+        await view.change(PARK, job=job, count=count, question=park.question or "", event=event)
 
-    async def _let_go(self, view: View, job: str) -> None:
-        """Drop a job that has nothing more to do here; in a cancelled run, its children first."""
-        if held := self.held.get(job):
-            task, held.task = held.task, None
-            if task:
-                task.cancel()
-        count = await self.send("HGET", view.keys[2], f"{job} count")
-        for i in range(int(count or 0) if view.phase == CANCELLED else 0):
-            if child := await self.executor.look_for(child_id(job, i)):
-                await child.change(CANCEL, **child.end(CANCELLED, "with its parent"))
-        await self._give_back(job, self.processing, drop=True)
+    async def _fail(self, run: RedisRun, job: str, text: str) -> None:
+        log.warning("failed %s", job)
+        self._forget(job)
+        if not await run.change(FAIL, job=job, **run.end(FAILED, text)):
+            self.counts["refused"] += 1
+
+    async def _give_back(self, job: str, drop: bool = False) -> None:
+        """Put a job back, or drop it if it cannot move; uncharged, unless it has begun and must
+        never begin twice."""
+        run, node, _ = job.split("/")
+        held = self._forget(job)
+        once = held.begun and held.view and not held.view.flow.nodes[node].retries
+        await self.send(
+            *GIVE_BACK.on(self.executor.keys(run), job=job, crashed=bool(once), drop=drop)
+        )
+
+    def _forget(self, job: str) -> Held:
+        """Hold a job no longer; if its node still executes, that ends."""
+        held = self.held.pop(job, Held())
+        if held.executing:
+            held.executing.cancel()
+        self._freed.set()
+        return held
 
     # Once a second.
 
@@ -1854,36 +1728,32 @@ class Worker:
                 log.error("Redis refused a command, which a permission may lack: %s", error)
 
     async def _look_after(self) -> None:
-        if not await self._beat():
-            log.warning("%s was taken for dead; going on under another name", self.id)
-            self.counts["buried"] += 1
-            await self._hand_back()
-            self._be_born()
-            await self._beat(born=True)
+        await self._beat()
         await self._audit()
         await self._watch()
         if time.monotonic() - self.executor.link.back_since > self.lease:
             await self._reap()
         if time.monotonic() > self._kept_alive + 3600:
-            self._kept_alive = time.monotonic()
             await self._keep_alive()
 
-    async def _beat(self, born: bool = False) -> bool:
+    async def _beat(self) -> None:
         now = time.monotonic()
         doing = encode({job: round(now - held.since, 1) for job, held in self.held.items()})
         keys = [self.key("worker", self.id), self.key("workers")]
-        a = {"worker": self.id, "lease": int(self.lease * 1000), "doing": doing, "born": born}
-        return bool(await self.send(*BEAT.on(keys, {}, **a)))
+        lease = int(self.lease * 1000)
+        await self.send(*BEAT.on(keys, worker=self.id, lease=lease, doing=doing))
 
     async def _audit(self) -> None:
-        """Give back what is in our list without our knowing, twice in a row: a reply was lost."""
+        """Compare what this worker holds with its list. What is only there, twice running, was
+        taken by a command whose reply was lost: it is given back. What is only here was taken
+        away, while this worker was thought dead: its node is stopped."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
-        unknown = {job for job in listed if job not in self.held}
-        for job in unknown & self._unknown:
-            log.warning("did not know that we have %s; giving it back", job)
-            self.counts["audited"] += 1
-            await self._give_back(job, self.processing)
-        self._unknown = unknown
+        odd = {*listed} ^ self.held.keys()
+        for job in odd & self._odd:
+            log.warning("%s is listed or held, but not both; letting it go", job)
+            self.counts["audited" if job in listed else "taken"] += 1
+            await self._give_back(job)
+        self._odd = odd
 
     async def _watch(self) -> None:
         """Stop working on runs that were cancelled."""
@@ -1891,49 +1761,31 @@ class Worker:
         replies = [self.send("HGET", view.keys[0], "status") for view in views]
         for view, reply in zip(views, replies, strict=True):
             if await reply == CANCELLED:
-                view.phase = CANCELLED
-                for job in [j for j, held in self.held.items() if held.view is view and held.task]:
-                    await self._let_go(view, job)
+                for job in [j for j, h in self.held.items() if h.view is view and h.executing]:
+                    await self._give_back(job, drop=True)
 
     async def _reap(self) -> None:
-        """Give back what dead workers had taken, and what has come into their lists since."""
-        workers = await self.send("ZRANGE", self.key("workers"), 0, -1)
-        buried = await self.send("ZRANGE", self.key("buried"), 0, -1)
-        beats = [self.send("EXISTS", self.key("worker", worker)) for worker in workers]
-        lists = [self.send("EXISTS", self.key("processing", worker)) for worker in buried]
-        dead = [worker for worker, lives in zip(workers, beats, strict=True) if not await lives]
-        dead += [worker for worker, some in zip(buried, lists, strict=True) if await some]
-        for worker in dead:
-            jobs = await self.send("LRANGE", self.key("processing", worker), 0, 999)
-            keys = [self.key("worker", worker), self.key("processing", worker)]
-            keys += [self.key(name) for name in ("workers", "buried", "ready")]
-            keys += [self.key("run", job.split("/")[0]) for job in jobs]
-            moved = await self.send(*REAP.on(keys, worker=worker, jobs=jobs))
-            self.counts["reaped"] += moved
-            log.warning("worker %s is dead; gave back %d jobs", worker, moved)
+        """Give back what dead workers had taken. A worker is remembered for a day, as what it had
+        asked for may still come into its list."""
+        now, crew = int((await self.send("TIME"))[0]), self.key("workers")
+        old = await self.send("ZRANGEBYSCORE", crew, "-inf", now - DAY)
+        for worker in await self.send("ZRANGE", crew, 0, -1):
+            listed = await self.send("LRANGE", self.key("processing", worker), 0, -1)
+            if listed and not await self.send("EXISTS", heartbeat := self.key("worker", worker)):
+                moved = 0
+                for job in listed:
+                    keys = [*self.executor.keys(job.split("/")[0], worker), heartbeat]
+                    moved += await self.send(*GIVE_BACK.on(keys, job=job, crashed=True, dead=True))
+                self.counts["reaped"] += moved
+                log.warning("worker %s is dead; gave back %d jobs", worker, moved)
+            elif worker in old:
+                await self.send("ZREM", crew, worker)
 
     async def _keep_alive(self) -> None:
         """Refresh the TTL of runs that only wait; forget those that have expired."""
+        self._kept_alive = time.monotonic()
         for id in await self.send("ZRANGE", self.key("runs"), 0, -1):
-            if run := await self.executor.look_for(id):
+            if run := await self.executor.find(id):
                 await run.keep_alive()
             else:
                 await self.send("ZREM", self.key("runs"), id)
-
-    async def _hand_back(self) -> None:
-        """End the nodes that still execute, and give back all that is in our list."""
-        for held in self.held.values():
-            task, held.task = held.task, None
-            if task:
-                task.cancel()
-        for job in await self.send("LRANGE", self.processing, 0, -1):
-            await self._give_back(job, self.processing)
-        self._forget([*self.held])
-
-
-def add_up(usages: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sums by kind."""
-    total: dict[str, int] = {}
-    for usage in usages:
-        total |= {kind: total.get(kind, 0) + count for kind, count in usage.items()}
-    return total

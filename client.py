@@ -205,7 +205,8 @@ async def ask() -> Any:
 
 async def steer(args: argparse.Namespace) -> int:
     """Look at a run that exists, or change its course; gives the exit code."""
-    run = await (await reach(args.redis)).find(args.run)
+    if not (run := await (await reach(args.redis)).find(args.run)):
+        raise RunError(f"there is no run {args.run!r:.140} on this Redis; it may have expired")
     if args.cancel:
         await run.cancel()
     elif args.resume:
@@ -225,7 +226,7 @@ async def steer(args: argparse.Namespace) -> int:
 async def look(executor: RedisExecutor, jobs: Collection[str] = ()) -> dict[str, str]:
     """Who works, and where each job is that a worker has or, of these, that is queued."""
     send, key, ready = executor.send, executor.key, executor.key("ready")
-    crew = [w for name in ("workers", "buried") for w in await send("ZRANGE", key(name), 0, -1)]
+    crew = await send("ZRANGE", key("workers"), 0, -1)
     pipe: Any = executor.link.client.pipeline()  # all at one instant
     pipe.llen(ready).lindex(ready, -1)
     for worker in crew:
@@ -256,7 +257,7 @@ async def look(executor: RedisExecutor, jobs: Collection[str] = ()) -> dict[str,
 
 async def recorded(run: Any) -> AsyncIterator[Event]:
     """What has happened so far in a run and its children."""
-    for id, row in await run.executor.send("XRANGE", run.keys[3], "-", "+"):
+    for id, row in await run.executor.send("XRANGE", run.keys[5], "-", "+"):
         yield {"at": int(id.split("-")[0]) / 1000, **json.loads(pairs(row)["event"])}
 
 

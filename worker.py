@@ -57,7 +57,7 @@ async def work(args: argparse.Namespace) -> None:
         log.warning("Redis may evict runs; type: redis-cli config set maxmemory-policy noeviction")
     if config.get("save") == "" and config.get("appendonly") == "no":
         log.warning("Redis forgets all when restarted; type: redis-cli config set appendonly yes")
-    await executor.close()
+    await executor.link.close()
     await worker.run()
 
 

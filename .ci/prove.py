@@ -592,7 +592,7 @@ async def differ_all(url: str, seeds: Iterable[int], workers: int, at_once: int)
     for worker in crew:
         worker.stop()
     await asyncio.gather(*tasks)
-    await executor.close()
+    await executor.link.close()
     return figures, failures
 
 
@@ -740,7 +740,7 @@ class Gate:
         """A command, as this actor's client sees it."""
         if args[0] == "SCRIPT LOAD":  # not worth a step
             return self.redis.execute_command(*args)
-        what = NAMES[args[1]] if args[0] == "EVALSHA" else f"{args[0]} {args[1]}"
+        what = NAMES[args[1]] if args[0] == "EVALSHA" else " ".join(map(str, args[:2]))
         verdict = await self.enter(actor, what)
         if verdict == "lost request":
             raise redis.exceptions.ConnectionError(verdict)
@@ -896,10 +896,10 @@ class Story:
             self.faults -= bool(fault)
             await self.turn(self.strike() if fault else "go")
         self.gate.paused.clear()
-        for name in self.gate.dead:
-            self.forget(self.crew[name])
         self.hire()
         for i in range(DRAIN):
+            for name in self.gate.dead:
+                self.forget(self.crew[name])
             await self.turn("go")
             if client.done() and i % 20 == 0 and not self.left():
                 break
