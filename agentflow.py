@@ -458,8 +458,13 @@ class Flow:
         return State(tokens, visits), ready
 
     def _masks(self, tokens: Mapping[str, str]) -> tuple[int, int]:
-        returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
-        return self._mask(tokens) & ~returned, returned
+        busy = returned = 0
+        for node, mark in tokens.items():
+            if mark == RETURNED:
+                returned |= self._bit[node]
+            else:
+                busy |= self._bit[node]
+        return busy, returned
 
     def _blockers(self, node: str, mark: str, busy: int, returned: int) -> int:
         """The tokens that a token waits for: those upstream, and, if it has come back to the head
@@ -672,8 +677,8 @@ class Run(Protocol):
 
     id: str
 
-    def events(self) -> AsyncIterator[Event]:
-        """What has happened, from the start, and what happens, until the run has ended."""
+    def events(self, follow: bool = True) -> AsyncIterator[Event]:
+        """What has happened, from the start; to follow it, also what happens until the end."""
 
     async def status(self) -> Status:
         """Where the run stands now."""
@@ -720,7 +725,8 @@ def failure_of(id: str, flow: str, status: str, error: str) -> str:
 
 def event_of(event: str, id: str, flow: str, **more: Any) -> Event:
     """An event of a run; what is not known of it is left out."""
-    return {"event": event, "run": id, "flow": flow} | {k: v for k, v in more.items() if v}
+    found = {"event": event, "run": id, "flow": flow, **more}
+    return {name: value for name, value in found.items() if value}
 
 
 def too_many_steps(node: str) -> str:
@@ -757,10 +763,10 @@ class MemoryRun(Run):
         self._tell("started")
         self._queue(ready)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """What has happened, from the start, and what happens, until the run has ended."""
+    async def events(self, follow: bool = True) -> AsyncIterator[Event]:
+        """What has happened, from the start; to follow it, also what happens until the end."""
         seen = 0
-        while self.phase == RUNNING or seen < len(self.log):
+        while (follow and self.phase == RUNNING) or seen < len(self.log):
             if seen == len(self.log):
                 await self.news.wait()
             for event in self.log[seen:]:
@@ -838,7 +844,8 @@ class MemoryRun(Run):
         self.state, ready = self.flow.advance(self.state, node, outcome.action, new_id())
         self.steps += 1
         self.values = self.values | outcome.changes
-        self.root.usage.update(outcome.usage)
+        if outcome.usage:
+            self.root.usage.update(outcome.usage)
         self._tell("done", **event)
         if not self.state.tokens:
             self._end(COMPLETED)
@@ -899,6 +906,7 @@ class Origin:
 # What scripts share. KEYS are in this order, as far as a script needs them. Arguments are one JSON
 # object, `a`; context keys and values follow as they are, for Lua would make {} of [] and round
 # integers.
+RUN, PARKED, EVENTS = 0, 2, 5  # where in a run's keys these are
 SHARED = """
 local run, context, parked, ready, mine, events, root, parent, parents_parked = unpack(KEYS)
 local call, a = redis.call, cjson.decode(ARGV[1])
@@ -911,6 +919,7 @@ local function note(texts)
 end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
+  call('EXPIRE', context, 30 * 86400)  -- for this may have made it
 end
 local function live(days)  -- a child's events are its root's
   for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
@@ -1002,7 +1011,7 @@ return {found, call('HGETALL', context), tonumber(crashes), waits}
 # COMMIT is the only way in which a run moves: all of it if the run's version is still the one that
 # the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
 # whoever commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
-#   KEYS  .. parents_parked
+#   KEYS  .. parents_parked, copy
 #   a     seen version done tokens visits steps usage log keep queue, over event parent index told
 #   gives the status, or as CLAIM does what stands there instead
 COMMIT = Script("""
@@ -1019,9 +1028,13 @@ if found[2] == 'running' then
   if a.over then
     finish('completed')
     call('DEL', parked)
+    if run == root then  -- a stream has a block of 4 KiB; a copy has no more than it needs
+      call('COPY', events, KEYS[10], 'REPLACE')
+      call('RENAME', KEYS[10], events)
+    end
+    live(7)
   end
 end
-live(a.over and 7 or 30)
 return {found[2]}
 """)
 
@@ -1299,8 +1312,9 @@ class RedisRun(Run):
         return self.executor.send(*script.on([*self.keys, *keys], values, **a))
 
     def event(self, event: str, **more: Any) -> str:
-        """An event of this run, as it is recorded."""
-        return encode(event_of(event, self.id, self.origin.flow, **more))
+        """An event of this run, for its root's stream, in which no id means the root's own."""
+        id = self.id if self.id != self.origin.root else ""
+        return encode(event_of(event, id, self.origin.flow, **more))
 
     def end(self, status: str, error: str = "", result: str = "") -> dict[str, Any]:
         """What a script that ends the run is given: among it what a parent is told."""
@@ -1328,16 +1342,16 @@ class RedisRun(Run):
         more = {"error": run.get("error", ""), "usage": usage, "tokens": json.loads(run["tokens"])}
         return Status.of(self, self.origin.flow, run["status"], values, **more)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """What has happened, from the start, and what happens, until the run has ended."""
+    async def events(self, follow: bool = True) -> AsyncIterator[Event]:
+        """What has happened, from the start; to follow it, also what happens until the end."""
         last, send = "-", self.executor.send
         while True:
-            status = await send("HGET", self.keys[0], "status")
-            found = await send("XRANGE", self.keys[5], last, "+", "COUNT", 1000)
+            status = await send("HGET", self.keys[RUN], "status")
+            found = await send("XRANGE", self.keys[EVENTS], last, "+", "COUNT", 1000)
             for id, fields in found:
-                last = f"({id}"
-                yield {"at": int(id.split("-")[0]) / 1000, **json.loads(pairs(fields)["event"])}
-            if not found and status != RUNNING:
+                last, at = f"({id}", {"at": int(id.split("-")[0]) / 1000, "run": self.origin.root}
+                yield at | json.loads(pairs(fields)["event"])
+            if not found and (status != RUNNING or not follow):
                 return
             if not found:
                 await asyncio.sleep(0.1)
@@ -1345,7 +1359,7 @@ class RedisRun(Run):
     async def children(self) -> list[RedisRun]:
         """The children that its active jobs have started so far."""
         found = []
-        for name, count in pairs(await self.executor.send("HGETALL", self.keys[2])).items():
+        for name, count in pairs(await self.executor.send("HGETALL", self.keys[PARKED])).items():
             if name.endswith(" count"):
                 job = name.removesuffix(" count")
                 ids = [child_id(job, i) for i in range(int(count))]
@@ -1566,7 +1580,8 @@ class Worker:
                 return await self._park(view, job, outcome)
             view.ended[job] = outcome
             async with view.turn:
-                await asyncio.sleep(0)  # so that what ends at the same time shares the commit
+                if len(view.state.tokens) > 1:
+                    await asyncio.sleep(0)  # so that what ends at the same time shares the commit
                 while view.ended:
                     await self._commit(view)
         except Exception:
@@ -1625,7 +1640,9 @@ class Worker:
 
         def tell(event: str, **more: Any) -> None:  # and nobody waits for it
             text = view.event(event, node=node.id, **more)
-            self.send("XADD", view.keys[5], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text)
+            self.send(
+                "XADD", view.keys[EVENTS], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text
+            )
 
         held.begun, held.executing = True, asyncio.current_task()
         try:
@@ -1655,7 +1672,7 @@ class Worker:
             if not state.tokens:
                 a |= view.end(COMPLETED, result=result_of(context, view.origin.gives))
                 a["over"] = True
-            reply = await view.change(COMMIT, values=changes, **a)
+            reply = await view.change(COMMIT, view.keys[EVENTS] + ":copy", values=changes, **a)
             if len(reply) == 1:
                 break
             if reply[0][0]:
@@ -1758,7 +1775,7 @@ class Worker:
     async def _watch(self) -> None:
         """Stop working on runs that were cancelled."""
         views = [*self._views.values()]
-        replies = [self.send("HGET", view.keys[0], "status") for view in views]
+        replies = [self.send("HGET", view.keys[RUN], "status") for view in views]
         for view, reply in zip(views, replies, strict=True):
             if await reply == CANCELLED:
                 for job in [j for j, h in self.held.items() if h.view is view and h.executing]:

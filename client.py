@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ async def follow(args: argparse.Namespace, run: Run) -> int:
     out = sys.stderr if wait or args.json else sys.stdout
     if wait and isinstance(run, RedisRun):
         await look(run.executor)
-    async for event in run.events() if wait else recorded(run):
+    async for event in run.events(follow=wait):
         say(line_of(event, run.id), out)
         if question := event.get("question"):
             say("    | " + escape(question, "\n").replace("\n", "\n    | "), out)
@@ -216,7 +216,7 @@ async def steer(args: argparse.Namespace) -> int:
     if args.cancel or args.resume or args.answer:
         say(f"run {run.id} {'is cancelled' if args.cancel else 'goes on'}")
     if args.explain:
-        lines = await explain(run, [event async for event in recorded(run)], args.at)
+        lines = await explain(run, [event async for event in run.events(follow=False)], args.at)
         say("\n".join(map(escape, lines)), sys.stdout)
     elif args.draw:
         say(await draw(run), sys.stdout)
@@ -253,12 +253,6 @@ async def look(executor: RedisExecutor, jobs: Collection[str] = ()) -> dict[str,
     if nobody and not jobs:
         say("no worker is alive; in another terminal, type: python worker.py")
     return found | {"queue": f"has {depth} jobs; the oldest: {oldest or 'none'}"}
-
-
-async def recorded(run: Any) -> AsyncIterator[Event]:
-    """What has happened so far in a run and its children."""
-    for id, row in await run.executor.send("XRANGE", run.keys[5], "-", "+"):
-        yield {"at": int(id.split("-")[0]) / 1000, **json.loads(pairs(row)["event"])}
 
 
 async def explain(run: RedisRun, events: list[Event], at: str, indent: str = "") -> list[str]:
@@ -323,7 +317,7 @@ async def flow_of(run: RedisRun) -> Flow:
 
 async def draw(run: RedisRun) -> str:
     """The graph of a run as Mermaid, coloured by state."""
-    status, events = await run.status(), [event async for event in recorded(run)]
+    status, events = await run.status(), [event async for event in run.events(follow=False)]
     here = [event for event in events if event["run"] == run.id and event["event"] == "done"]
     states = {event["node"]: "done" for event in here}
     active = "running" if status.status == RUNNING else "failed"
