@@ -917,6 +917,10 @@ end
 local function note(texts)
   for _, text in ipairs(texts) do call('XADD', events, 'MAXLEN', '~', 10000, '*', 'event', text) end
 end
+local function put_state()
+  call('HSET', run, 'version', a.version, 'steps', a.steps,
+       'tokens', cjson.encode(a.tokens), 'visits', cjson.encode(a.visits))
+end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
   call('EXPIRE', context, 30 * 86400)  -- for this may have made it
@@ -977,20 +981,21 @@ class Script:
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active.
 #   KEYS  .. parents_parked, graph, runs
-#   a     run version origin tokens visits jobs event parent, graph or (of a child) count
+#   a     run version origin tokens visits steps jobs event parent, graph or (of a child) count
 START = Script("""
 if call('EXISTS', run) == 1 then return 0 end
 if a.parent ~= '' and not is_active(parent, a.parent) then return 0 end
 local now = call('TIME')[1]
-call('HSET', run, 'status', 'running', 'version', a.version, 'origin', a.origin, 'created', now,
-     'tokens', a.tokens, 'visits', a.visits, 'steps', 0)
+call('HSET', run, 'status', 'running', 'origin', a.origin, 'created', now)
+put_state()
 put_context()
 push(ready, a.jobs)
 note({a.event})
-live(30)
+call('EXPIRE', run, 30 * 86400)
 if a.parent ~= '' then
   expect(parents_parked, a.parent)
 else
+  call('EXPIRE', events, 30 * 86400)
   call('SET', KEYS[10], a.graph, 'EX', 30 * 86400)
   call('ZADD', KEYS[11], now, a.run)
 end
@@ -1019,8 +1024,10 @@ local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps
 if found[1] ~= a.seen then return {found, call('HGETALL', context)} end
 for _, job in ipairs(a.done) do call('LREM', mine, 0, job) end
 put_context()
-for kind, count in pairs(a.usage) do call('HINCRBY', root, 'usage ' .. kind, count) end
-call('HSET', run, 'version', a.version, 'tokens', a.tokens, 'visits', a.visits, 'steps', a.steps)
+for _, used in ipairs(a.usage) do
+  for kind, count in pairs(used) do call('HINCRBY', root, 'usage ' .. kind, count) end
+end
+put_state()
 note(a.log)
 if found[2] == 'running' then
   push(mine, a.keep)
@@ -1262,17 +1269,18 @@ class RedisExecutor:
     def __init__(self, url: str = "redis://localhost:6379", namespace: str = "agentflow") -> None:
         self.link = Link(url)
         self.send = self.link.send
-        self.namespace = namespace
+        self.prefix = f"{{{namespace}}}:"  # one hash tag, and so one slot of a Redis Cluster
         self.name = "client"  # or that of a worker; a client never has a job
 
     def key(self, *parts: str) -> str:
-        """A key's name. All have one hash tag, and so one slot of a Redis Cluster."""
-        return f"{{{self.namespace}}}:{':'.join(parts)}"
+        """A key's name."""
+        return self.prefix + ":".join(parts)
 
     def keys(self, run: str, worker: str = "") -> list[str]:
         """The keys of a run, and of its jobs' custody, in the order that scripts know."""
-        names = [("run", run), ("run", run, "context"), ("run", run, "parked"), ("ready",)]
-        return [self.key(*name) for name in [*names, ("processing", worker or self.name)]]
+        key = self.key("run", run)
+        custody = [self.key("ready"), self.key("processing", worker or self.name)]
+        return [key, f"{key}:context", f"{key}:parked", *custody]
 
     async def open(self) -> None:
         """Find out at once whether Redis is there and will do: RedisError where not."""
@@ -1299,9 +1307,9 @@ class RedisRun(Run):
 
     def __init__(self, executor: RedisExecutor, id: str, origin: Origin) -> None:
         self.executor, self.id, self.origin = executor, id, origin
-        root, parent = origin.root, origin.parent.partition("/")[0] or id
-        names = [(root, "events"), (root,), (parent,), (parent, "parked")]
-        self.keys = executor.keys(id) + [executor.key("run", *name) for name in names]
+        root = executor.key("run", origin.root)
+        parent = executor.key("run", origin.parent.partition("/")[0] or id)
+        self.keys = [*executor.keys(id), f"{root}:events", root, parent, f"{parent}:parked"]
 
     def change(
         self, script: Script, *keys: str, values: Mapping[str, str] = {}, **a: Any
@@ -1328,7 +1336,7 @@ class RedisRun(Run):
         (tokens, visits), ready = flow.first(version)
         origin = {name: value for name, value in vars(self.origin).items() if value}
         a = {"origin": encode(origin), "event": self.event("started"), "version": version, **more}
-        a |= {"tokens": encode(tokens), "visits": encode(visits)}
+        a |= {"tokens": tokens, "visits": visits, "steps": 0}
         a |= {"jobs": [f"{self.id}/{node}/{version}" for node in ready]}
         key = self.executor.key
         await self.change(START, key("graph", self.origin.graph), key("runs"), values=values, **a)
@@ -1488,13 +1496,14 @@ class Worker:
         self.processing = self.key("processing", self.id)
         self.fetch = connect(url)  # BLMOVE waits on a connection of its own
         self.concurrency, self.grace, self.lease, self.beat = concurrency, grace, lease, beat
-        self.stopping = self._leaving = self._careful = False
+        self.stopping = self._leaving = False
         self.held: dict[str, Held] = {}  # by job
         self.counts = Counter(dict.fromkeys(("done", "refused", "audited", "taken", "reaped"), 0))
         self._views = WeakValueDictionary[str, View]()  # by run, while a job of it is held
         self._registries: dict[str, Registry] = {}  # by graph
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
+        self._alone = ""  # a job that has crashed, and waits until no other is held, or runs
         self._odd: set[str] = set()  # jobs listed but not held, or held but not listed, last time
         self._kept_alive = 0.0  # when the TTLs of runs were last refreshed
 
@@ -1533,9 +1542,7 @@ class Worker:
     # forgotten here before its custody ends in Redis: from then on it may come back at once.
 
     def _room(self) -> int:
-        if self._careful:
-            return 0 if self.held else 1
-        return self.concurrency - len(self.held)
+        return 0 if self._alone else self.concurrency - len(self.held)
 
     async def _take(self, room: int) -> None:
         """Take up to this many jobs; return after a second without one."""
@@ -1604,17 +1611,20 @@ class Worker:
             text = f"worker {self.id} cannot build its flow: {error}"
             await self._fail(RedisRun(self.executor, id, origin), job, text)
             return None
-        view = held.view = self._views.setdefault(id, View(self.executor, id, origin, flow))
+        view = held.view = self._views.get(id) or View(self.executor, id, origin, flow)
+        self._views[id] = view
         view.update(found, context)
-        # A job that has crashed runs alone, so that it takes no other job down with it.
-        self._careful = crashes > 0 or (self._careful and len(self.held) > 1)
+        if crashes and not self._alone:  # lest it take other jobs down with it
+            self._alone = job
         if view.phase != RUNNING or view.state.tokens.get(node) != token:  # a resume queues it anew
             await self._give_back(job, drop=True)
         elif crashes >= (CRASHES if flow.nodes[node].retries else 1):
             text = f'node "{node}": {crashes} workers died while they ran it'
             await self._fail(view, job, text)
-        elif self._careful and len(self.held) > 1:
+        elif self._alone not in ("", job):
             await self._give_back(job)
+        while self._alone == job and len(self.held) > 1:
+            await asyncio.sleep(0.05)
         if self.held.get(job) is not held:
             return None
         parked = pairs(parked)
@@ -1664,11 +1674,11 @@ class Worker:
                 continue  # without them
             changes = {key: text for out in ended.values() for key, text in out.changes.items()}
             context, steps = view.context | changes, view.steps + len(ended)
-            room = 0 if self.stopping else max(1, self._room() + len(ended))
+            room = 0 if self.stopping or self._alone else max(1, self._room() + len(ended))
             a: dict[str, Any] = {"seen": seen, "version": version, "steps": steps, "log": events}
-            a |= {"tokens": encode(state.tokens), "visits": encode(state.visits)}
+            a |= {"tokens": state.tokens, "visits": state.visits}
             a |= {"done": [*ended], "keep": ready[:room], "queue": ready[room:]}
-            a["usage"] = sum((Counter(out.usage) for out in ended.values()), Counter())
+            a["usage"] = [out.usage for out in ended.values() if out.usage]
             if not state.tokens:
                 a |= view.end(COMPLETED, result=result_of(context, view.origin.gives))
                 a["over"] = True
@@ -1727,6 +1737,7 @@ class Worker:
         held = self.held.pop(job, Held())
         if held.executing:
             held.executing.cancel()
+        self._alone = "" if job == self._alone else self._alone
         self._freed.set()
         return held
 
@@ -1786,11 +1797,13 @@ class Worker:
         asked for may still come into its list."""
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
         old = await self.send("ZRANGEBYSCORE", crew, "-inf", now - DAY)
-        for worker in await self.send("ZRANGE", crew, 0, -1):
-            listed = await self.send("LRANGE", self.key("processing", worker), 0, -1)
-            if listed and not await self.send("EXISTS", heartbeat := self.key("worker", worker)):
+        workers = await self.send("ZRANGE", crew, 0, -1)
+        lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
+        for worker, listed in zip(workers, lists, strict=True):
+            heartbeat = self.key("worker", worker)
+            if await listed and not await self.send("EXISTS", heartbeat):
                 moved = 0
-                for job in listed:
+                for job in await listed:
                     keys = [*self.executor.keys(job.split("/")[0], worker), heartbeat]
                     moved += await self.send(*GIVE_BACK.on(keys, job=job, crashed=True, dead=True))
                 self.counts["reaped"] += moved

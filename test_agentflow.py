@@ -1887,19 +1887,21 @@ async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) ->
 
 
 async def test_a_job_that_has_crashed_runs_alone(space: Space, gate: Path) -> None:
-    crashed = await flow("b", b={"gate": str(gate)}).run({}, space.executor)
-    other = await flow("a", a={"gate": str(gate)}).run({}, space.executor)
-    token = (await crashed.status()).tokens["b"]
-    space.redis.hset(space.key("run", crashed.id), f"crashes {crashed.id}/b/{token}", 1)
+    flows = [flow(node, **{node: {"gate": str(gate)}}) for node in "abc"]
+    runs = [await each.run({}, space.executor) for each in flows]
+    job = next(job for job in space.lists() if "/b/" in job)
+    space.redis.hset(space.key("run", runs[1].id), f"crashes {job}", 1)
 
     worker = space.worker()
-    await wait_until(lambda: worker._careful and begun(gate, "a"))
+    await wait_until(lambda: worker._alone == job and begun(gate, "a"))
 
     assert not begun(gate, "b")
     (gate / "a.go").touch()
     await wait_until(lambda: begun(gate, "b"))
-    (gate / "b.go").touch()
-    assert [(await end_of(run)).status for run in (other, crashed)] == [COMPLETED] * 2
+    assert worker.held.keys() == {job} and not begun(gate, "c")
+    for node in "bc":
+        (gate / f"{node}.go").touch()
+    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 3
 
 
 async def test_a_node_without_retries_is_never_started_twice(space: Space, gate: Path) -> None:
@@ -3099,8 +3101,8 @@ class Hand:
         outcome = await execute(self.flow.nodes[node], ctx, "", pause)
         assert isinstance(outcome, Outcome)
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
-        a = {"seen": view.version, "version": version, "steps": view.steps + 1, "usage": {}}
-        a |= {"tokens": json.dumps(state.tokens), "visits": json.dumps(state.visits)}
+        a = {"seen": view.version, "version": version, "steps": view.steps + 1, "usage": []}
+        a |= {"tokens": state.tokens, "visits": state.visits}
         a |= {"log": [view.event("done", **outcome.event(node, view.state.visits))]}
         a |= {"done": [job], "keep": [], "queue": [f"{view.id}/{n}/{version}" for n in ready]}
         return a | {"values": outcome.changes}

@@ -570,9 +570,10 @@ async def differ(seed: int, executor: RedisExecutor) -> dict[str, int]:
 
 async def differ_all(url: str, seeds: Iterable[int], workers: int, at_once: int) -> Proved:
     """All these seeds on one server, so many at once. Their figures and failures."""
-    crew = [Worker(url, f"differential-{min(seeds)}") for _ in range(workers)]
+    space = f"differential-{min(seeds)}"
+    crew = [Worker(url, space) for _ in range(workers)]
     tasks = [asyncio.create_task(worker.run()) for worker in crew]
-    executor = RedisExecutor(url, crew[0].executor.namespace)
+    executor = RedisExecutor(url, space)
     await executor.open()
     figures, failures = Counter[str](), dict[int, str]()
     left = iter(seeds)
