@@ -1772,14 +1772,15 @@ class Worker:
         await self.send(*BEAT.on(keys, worker=self.id, lease=lease, doing=doing))
 
     async def _audit(self) -> None:
-        """Compare what this worker holds with its list. What is only there, twice running, was
-        taken by a command whose reply was lost: it is given back. What is only here was taken
-        away, while this worker was thought dead: its node is stopped."""
+        """Compare what this worker holds with its list, and let go of what is in only one of them
+        twice running: in the list, for a reply was lost, or here, for it was thought dead."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
         odd = {*listed} ^ self.held.keys()
         for job in odd & self._odd:
-            log.warning("%s is listed or held, but not both; letting it go", job)
-            self.counts["audited" if job in listed else "taken"] += 1
+            what = "audited" if job in listed else "taken"
+            why = "we did not know that we have it" if job in listed else "it was taken from us"
+            log.warning("letting go of %s: %s", job, why)
+            self.counts[what] += 1
             await self._give_back(job)
         self._odd = odd
 
