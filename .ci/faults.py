@@ -177,6 +177,7 @@ class Server:
         while True:
             with contextlib.suppress(redis.RedisError):
                 assert self.admin.info("server")["process_id"] == self.process.pid
+                self.admin.exists("key")  # INFO is answered by a cluster that is down, too
                 return
             assert self.process.poll() is None, "redis-server does not start"
             time.sleep(0.005)
@@ -517,12 +518,15 @@ async def f3(rounds: int, seed: int = 0) -> Counter[str]:
             await asyncio.sleep(1.5 * LEASE)
             send(*commands[1].split())
 
+        refusing = ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE")
+        if server.admin.info("cluster")["cluster_enabled"]:  # which knows no REPLICAOF
+            refusing = ("CLUSTER DELSLOTSRANGE 0 16383", "CLUSTER ADDSLOTSRANGE 0 16383")
         kinds: dict[str, Harm] = {
             "away for long": lambda: restart(3.3 * LEASE),
             "away": lambda: restart(0.5),
             "scripts forgotten": lambda: between("SCRIPT FLUSH", "PING"),
             "hung up": lambda: between("CLIENT KILL TYPE normal", "PING"),
-            "read-only": lambda: between("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
+            "read-only": lambda: between(*refusing),
             "full": lambda: between("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0"),
         }
 

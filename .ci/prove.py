@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -481,14 +482,19 @@ def server(*options: str) -> Iterator[str]:
     """A Redis of our own; gives its URL."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/socket"
-        command = ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", *options]
+        url = f"unix://{path}"
+        command = [os.environ.get("REDIS_SERVER", "redis-server"), "--port", "0"]
+        command += ["--unixsocket", path, "--save", "", *options]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
         try:
-            while not Path(path).exists():
-                if process.poll() is not None:
-                    raise RuntimeError("redis-server does not start")
+            while process.poll() is None:
+                with contextlib.suppress(redis.RedisError), redis.Redis.from_url(url) as db:
+                    db.exists("key")
+                    break
                 time.sleep(0.01)
-            yield f"unix://{path}"
+            else:
+                raise RuntimeError("redis-server does not start")
+            yield url
         finally:
             process.kill()
             process.wait()
