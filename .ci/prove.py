@@ -564,9 +564,9 @@ async def differ(seed: int, executor: RedisExecutor) -> dict[str, int]:
     except RunError as error:
         return {f"in memory: {str(error).rpartition('; ')[2]}": 1}
     try:
-        compare(right, await asyncio.wait_for(on_redis(flow, executor, mend), 60))
+        compare(right, await asyncio.wait_for(on_redis(flow, executor, mend), 300))
     except TimeoutError:
-        raise Wrong("has not ended within 60 seconds") from None
+        raise Wrong("has not ended within 300 seconds") from None
     except RunError as error:
         raise Wrong(str(error)) from None
     kinds = {node["type"] for node in flow.graph["nodes"]}
