@@ -20,17 +20,22 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-from agentflow import CANCELLED, COMPLETED, DEFAULT, FAILED, PARKED, RETURNED, RUNNING, WAITING
+from agentflow import CANCELLED, COMPLETED, DEFAULT, FAILED, PARKED, RETURNED, RUN, RUNNING, WAITING
 from agentflow import Context, Event, Flow, GraphError, MemoryRun, RedisExecutor, RedisRun
 from agentflow import Registry, Run, RunError, pairs, parse_json
+from graphs.check import nearest
 
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+FILLS = {"done": "#d5f5d5", "running": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
+ANSWER = "python client.py --run {} --answer {}=VALUE"
+MARKS = (WAITING, RETURNED)  # of the tokens that are not active
 
 
 def escape(text: object, keep: str = "") -> str:
@@ -83,8 +88,8 @@ def as_json(text: str) -> Any:
 
 
 def values(flag: str, given: list[str] | None) -> dict[str, Any]:
-    """What KEY=VALUE and KEY=@FILE give; RunError where one of them gives nothing."""
-    ctx = Context({})
+    """What KEY=VALUE and KEY=@FILE give; RunError, with every finding."""
+    ctx, findings = Context({}), list[str]()
     for item in given or ():
         key, equals, text = item.partition("=")
         try:
@@ -92,7 +97,9 @@ def values(flag: str, given: list[str] | None) -> dict[str, Any]:
                 raise ValueError("it must be like KEY=VALUE or KEY=@FILE")
             ctx[key] = as_json(Path(text[1:]).read_text("utf-8") if text.startswith("@") else text)
         except (OSError, ValueError) as error:
-            raise RunError(f"{flag} {key}: {error}") from None
+            findings.append(f"{flag} {key}: {error}")
+    if findings:
+        raise RunError("\n".join(findings))
     return {key: ctx[key] for key in ctx.changes}
 
 
@@ -141,7 +148,7 @@ async def start(args: argparse.Namespace) -> None:
         return
     known = set(flow.inputs).union(*(node.reads() for node in flow.nodes.values()))
     for key in sorted(inputs.keys() - known):
-        say(f'--input {key}: no node of "{flow.id}" reads it; they read {", ".join(sorted(known))}')
+        say(f'--input {key}: no node of "{flow.id}" reads it; {nearest(key, known)}')
     flow.begin(inputs)  # so that what is wrong with them is found before Redis is asked
     run = await flow.run(inputs, None if args.local else await reach(args.redis), args.dry_run)
     if not args.local:
@@ -164,8 +171,7 @@ async def follow(args: argparse.Namespace, run: Run) -> None:
         if question and isinstance(run, MemoryRun):
             await run.answer(event["node"], await ask(), event["run"])
         elif question and args.wait:
-            answer = f"--run {event['run']} --answer {event['node']}=VALUE"
-            say(f"to answer, type: python client.py {answer}{args.at}")
+            say(f"to answer, type: {ANSWER.format(event['run'], event['node'])}{args.at}")
     status = await run.status()
     say(f"run {run.id} of {status.flow} is {status.status}; tokens used: {status.usage}", out)
     if args.json:
@@ -199,10 +205,10 @@ async def steer(args: argparse.Namespace) -> None:
         graph = await executor.send("GET", executor.key("graph", run.origin.graph))
         flow = Registry(json.loads(graph or "{}"))[run.origin.flow]
         if args.draw:
-            say(mermaid(flow, (await run.status()).tokens), sys.stdout)
+            say(await draw(run, flow), sys.stdout)
         else:
             last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
-            await explain(run, flow, await look(executor), last)
+            await explain(run, flow, last, args.at)
         return
     if args.cancel:
         await run.cancel()
@@ -216,69 +222,114 @@ async def steer(args: argparse.Namespace) -> None:
         await follow(args, run)
 
 
-async def look(executor: RedisExecutor) -> dict[str, str]:
-    """How long the queue is, which workers are alive, and which job is with one of them."""
-    send, key = executor.send, executor.key
-    found = {"queue": f"has {await send('LLEN', key('ready'))} jobs"}
-    for worker in await send("ZRANGE", key("workers"), 0, -1):
-        if heartbeat := await send("GET", key("worker", worker)):
-            found[f"worker {worker}"] = "is alive"
-            for job, seconds in json.loads(heartbeat).items():
-                found[job] = f"is with worker {worker} for {seconds:.0f} s"
-    if list(found) == ["queue"]:
+async def look(executor: RedisExecutor, jobs: Iterable[str] = ()) -> dict[str, str]:
+    """Who works, and where each job is that a worker has or, of these, that is queued."""
+    key, ready = executor.key, executor.key("ready")
+    crew = await executor.send("ZRANGE", key("workers"), 0, -1)
+    pipe: Any = executor.link.client.pipeline()  # all at one instant
+    pipe.llen(ready).lindex(ready, -1)
+    for worker in crew:
+        pipe.get(key("worker", worker)).pttl(key("worker", worker))
+        pipe.lrange(key("processing", worker), 0, -1)
+    for job in (asked := [*jobs]):
+        pipe.lpos(ready, job)
+    depth, oldest, *rest = await pipe.execute()
+    found, replies = {"queue": f"has {depth} jobs; the oldest: {oldest or 'none'}"}, iter(rest)
+    for worker, beat, left, held in zip(crew, replies, replies, replies, strict=False):
+        age = f"heartbeat {6 - left / 1000:.0f} s ago"
+        if beat:
+            found[f"worker {worker}"] = f"has {len(held)} jobs ({age})"
+        for job in held:
+            found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
+            if beat:
+                since = f"{json.loads(beat).get(job, 0):.0f} s ({age})"
+                found[job] = f"is running on worker {worker} since {since}"
+    nobody = "" if any(name.startswith("worker ") for name in found) else ", and no worker is alive"
+    for job, index in zip(asked, replies, strict=True):
+        if index is not None:
+            found[job] = f"is queued at place {depth - index} of {depth}{nobody}"
+    if nobody and not asked:
         say("no worker is alive; in another terminal, type: python worker.py")
     return found
 
 
-async def explain(run: RedisRun, flow: Flow, found: dict[str, str], last: dict[Any, Event]) -> None:
+def place_of(job: str, hash: dict[str, str], parked: dict[str, str], at: str) -> str:
+    """Where an active job is that is in no list."""
+    run, node, _ = job.split("/")
+    if f"{job} is parked" not in parked:
+        if hash["status"] == FAILED:
+            return "stands still, as its run failed; --resume runs it again"
+        return "is NOWHERE: not queued, not with a worker, not parked; please report it"
+    if parked[job]:
+        return (
+            f"waits for a person: {parked[job]} (to answer, type: {ANSWER.format(run, node)}{at})"
+        )
+    return f"waits for {parked[f'{job} left']} of {parked[f'{job} count']} child runs"
+
+
+async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) -> None:
     """Print a line for a run and for each token: where it is, and why; likewise its children."""
-    send, ready, indent = run.executor.send, run.executor.key("ready"), "    " * run.origin.depth
-    status, parked = await run.status(), pairs(await send("HGETALL", run.keys[PARKED]))
-    say(escape(f"{indent}run {run.id} of {flow.id} is {status.status} {status.error}"), sys.stdout)
-    for node, mark in status.tokens.items():
-        job = f"{run.id}/{node}/{mark}"
-        if mark in (WAITING, RETURNED):
-            why = "waits for " + ", ".join(flow.blockers(status.tokens, node))
-        elif f"{job} is parked" in parked:
-            why = "waits for " + (parked[job] or "its children")
-        elif job in found:
-            why = found[job]
-        elif (index := await send("LPOS", ready, job)) is not None:
-            why = f"is queued at place {await send('LLEN', ready) - index}"
-        else:
-            why = "is with nobody; a worker queues it again, or --resume if its run has failed"
-        if error := last.get((run.id, node), {}).get("error"):
-            why += f"; an attempt failed: {error}"
-        say(escape(f"{indent}  {node} {why}"), sys.stdout)
+    send, hash, indent = run.executor.send, dict[str, str](), "    " * run.origin.depth
+    while hash != (now := pairs(await send("HGETALL", run.keys[RUN]))):  # it moved meanwhile
+        hash, status = now, now["status"]
+        tokens = json.loads(hash["tokens"]) if status in (RUNNING, FAILED) else {}
+        jobs = {n: f"{run.id}/{n}/{mark}" for n, mark in tokens.items() if mark not in MARKS}
+        found = await look(run.executor, jobs.values())
+        parked = pairs(await send("HGETALL", run.keys[PARKED]))
+    where = dict.fromkeys(tokens, "waits, too")
+    for node, job in jobs.items():
+        delivery = int(hash.get(f"crashes {job}", 0)) + 1
+        place = f"{found[job]}, delivery {delivery}" if job in found else ""
+        where[node] = place or place_of(job, hash, parked, at)
+        event = last.get((run.id, node), {})
+        if (until := event.get("at", 0) + event.get("delay", 0)) > time.time():
+            where[node] += f", backs off until {time.ctime(until)[11:19]} after {event['error']}"
+    for node in tokens.keys() - jobs:
+        others = [f"{other}, which {where[other]}" for other in flow.blockers(tokens, node)]
+        where[node] = "waits for " + "; and for ".join(others)
+    lines = [f"{indent}run {run.id} of {flow.id} is {status} {hash.get('error', '')}"]
+    lines += [f"{indent}  {node} {why}" for node, why in where.items()]
+    say("\n".join(map(escape, lines)), sys.stdout)
     for child in await run.children():
         if (await child.status()).status in (RUNNING, FAILED):
-            await explain(child, flow.registry[child.origin.flow], found, last)
+            await explain(child, flow.registry[child.origin.flow], last, at)
 
 
 async def overview(args: argparse.Namespace) -> None:
-    """Print what waits and who works, or the recent runs: a line each."""
+    """Print what the workers do and what waits, or the recent runs: a line each."""
     executor = await reach(args.redis)
-    if args.workers:
-        for what, place in (await look(executor)).items():
-            say(f"{what} {place}", sys.stdout)
-        return
-    for id in await executor.send("ZRANGE", executor.key("runs"), 0, 19, "REV"):
-        if run := await executor.find(id):
-            status = await run.status()
-            nodes = ", ".join(status.tokens)
-            say(f"{id}  {status.flow:<20} {status.status:<10} {nodes}", sys.stdout)
+    for what, place in (await look(executor)).items() if args.workers else ():
+        say(f"{what} {place}", sys.stdout)
+    send, key = executor.send, executor.key
+    for id in await send("ZRANGE", key("runs"), 0, 19, "REV") if args.runs else ():
+        if run := pairs(await send("HGETALL", key("run", id))):
+            age, flow = time.time() - int(run["created"]), json.loads(run["origin"])["flow"]
+            nodes = ", ".join(json.loads(run["tokens"]))
+            say(f"{id}  {flow:<20} {run['status']:<10} {age:>7.0f} s  {nodes}", sys.stdout)
 
 
-def mermaid(flow: Flow, tokens: dict[str, str]) -> str:
-    """A flow as Mermaid; the nodes where a run has tokens are coloured."""
+async def draw(run: RedisRun, flow: Flow) -> str:
+    """The graph of a run as Mermaid, coloured by state."""
+    status = await run.status()
+    events = [event async for event in run.events(follow=False) if event["run"] == run.id]
+    states = {event["node"]: "done" for event in events if event["event"] == "done"}
+    active = "running" if status.status == RUNNING else "failed"
+    states |= {n: "waiting" if mark in MARKS else active for n, mark in status.tokens.items()}
+    return mermaid(flow, states)
+
+
+def mermaid(flow: Flow, states: dict[str, str]) -> str:
+    """A flow as Mermaid; `states` says which nodes are done, running, waiting or failed."""
     names = {node: f"n{i}" for i, node in enumerate(flow.nodes)}
-    lines = ["flowchart TD", *(f'    {name}["{node}"]' for node, name in names.items())]
+    lines = ["flowchart TD"]
+    for node, name in names.items():
+        lines.append(f'    {name}["{node}"]' + (f":::{states[node]}" if node in states else ""))
     for source, by_action in flow.targets.items():
         for action, targets in by_action.items():
             label = re.sub(r'[#"<>&|]', lambda c: f"#{ord(c[0])};", escape(action))
             arrow = "-->" if action == DEFAULT else f'-->|"{label}"|'
             lines += [f"    {names[source]} {arrow} {names[target]}" for target in targets]
-    lines += [f"    style {names[node]} fill:#fff3b0,color:#000" for node in tokens]
+    lines += [f"    classDef {s} fill:{FILLS[s]},color:#000" for s in sorted({*states.values()})]
     return "\n".join(lines)
 
 
