@@ -173,7 +173,8 @@ async def follow(args: argparse.Namespace, run: Run) -> None:
         elif question and args.wait:
             say(f"to answer, type: {ANSWER.format(event['run'], event['node'])}{args.at}")
     status = await run.status()
-    say(f"run {run.id} of {status.flow} is {status.status}; tokens used: {status.usage}", out)
+    used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items()) or "none"
+    say(f"run {run.id} of {status.flow} is {status.status}; tokens used: {used}", out)
     if args.json:
         document = {key: value for key, value in vars(status).items() if key != "tokens"}
         say(json.dumps(document, indent=2), sys.stdout)
