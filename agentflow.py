@@ -1148,6 +1148,19 @@ note({a.event})
 return 1
 """)
 
+# KEEP refreshes the TTLs of a run that has not ended; one that just has keeps its shorter ones.
+#   KEYS  .. parents_parked, graph
+#   a     days
+#   gives the run's status
+KEEP = Script("""
+local status = call('HGET', run, 'status')
+if status == 'running' or status == 'failed' then
+  live(a.days)
+  call('EXPIRE', KEYS[10], a.days * 86400)
+end
+return status
+""")
+
 SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)]
 
 
@@ -1410,13 +1423,8 @@ class RedisRun(Run):
 
     async def keep_alive(self) -> None:
         """Refresh the TTL of a run that has not ended, of its graph, and of its children."""
-        if (await self.status()).status in (RUNNING, FAILED):
-            for key in [
-                *self.keys[:3],
-                self.keys[5],
-                self.executor.key("graph", self.origin.graph),
-            ]:
-                await self.executor.send("EXPIRE", key, 30 * 86400)
+        graph = self.executor.key("graph", self.origin.graph)
+        if await self.change(KEEP, graph, days=30) in (RUNNING, FAILED):
             for child in await self.children():
                 await child.keep_alive()
 
