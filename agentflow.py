@@ -1002,6 +1002,20 @@ end
 return 1
 """)
 
+# TAKE moves up to so many jobs at once, as BLMOVE moves the first.
+#   KEYS  ready, mine
+#   a     room
+#   gives the jobs
+TAKE = Script("""
+local jobs = {}
+for i = 1, a.room do
+  local job = call('LMOVE', KEYS[1], KEYS[2], 'RIGHT', 'LEFT')
+  if not job then break end
+  jobs[i] = job
+end
+return jobs
+""")
+
 # CLAIM reads what is needed to run a job.
 #   KEYS  .. parked
 #   a     job
@@ -1522,8 +1536,8 @@ class Worker:
         tick = asyncio.create_task(self._tick())
         while not self.stopping:
             self._freed.clear()
-            if (room := self._room()) > 0:
-                await self._take(room)
+            if self._room() > 0:
+                await self._take()
             else:
                 await self._freed.wait()
         deadline = time.monotonic() + self.grace
@@ -1552,22 +1566,21 @@ class Worker:
     def _room(self) -> int:
         return 0 if self._alone else self.concurrency - len(self.held)
 
-    async def _take(self, room: int) -> None:
-        """Take up to this many jobs; return after a second without one."""
-        ends = (self.key("ready"), self.processing, "RIGHT", "LEFT")
-        taken: list[Any] = []
+    async def _take(self) -> None:
+        """Take as many jobs as there is room for; return after a second without one."""
+        ends = (self.key("ready"), self.processing)
         try:
-            taken.append(await self.fetch.blmove(ends[0], ends[1], 1, *ends[2:]))
-            if taken[0] and room > 1 and not self.stopping:
-                async with self.fetch.pipeline(transaction=False) as pipe:
-                    for _ in range(room - 1):
-                        pipe.lmove(*ends)
-                    taken += await pipe.execute()
+            if first := await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT"):
+                await self._receive([first])
+                if (room := self._room()) > 0 and not self.stopping:
+                    await self._receive(await self.fetch.execute_command(*TAKE.on(ends, room=room)))
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
             await asyncio.sleep(0.2)
-        for job in filter(None, taken):
+
+    async def _receive(self, jobs: list[str]) -> None:
+        for job in jobs:
             if self.stopping:
                 await self._give_back(job)
             elif job not in self.held:  # else a resume queued it again
