@@ -2615,13 +2615,15 @@ async def test_an_answer_refuses_what_was_decided_before_it_and_both_count(space
     run = await asking.run({}, space.executor)
     hand = Hand(space, asking, run, alive=100)
     a = hand.take("a")
-    space.worker()
+    worker = space.worker()
     await question_of(run)
+    await space.stop(worker)
     decision = await hand.decide(a)
 
     await run.answer("w", "approve")
     accepted = await hand.commit(decision)
     again = await hand.commit(await hand.decide(a))
+    space.worker()
     end = await end_of(run)
 
     assert (accepted, again) == (False, True)
