@@ -917,9 +917,9 @@ end
 local function note(texts)
   for _, text in ipairs(texts) do call('XADD', events, 'MAXLEN', '~', 10000, '*', 'event', text) end
 end
-local function put_state()
+local function put_state(...)
   call('HSET', run, 'version', a.version, 'steps', a.steps,
-       'tokens', cjson.encode(a.tokens), 'visits', cjson.encode(a.visits))
+       'tokens', cjson.encode(a.tokens), 'visits', cjson.encode(a.visits), ...)
 end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
@@ -986,8 +986,7 @@ START = Script("""
 if call('EXISTS', run) == 1 then return 0 end
 if a.parent ~= '' and not is_active(parent, a.parent) then return 0 end
 local now = call('TIME')[1]
-call('HSET', run, 'status', 'running', 'origin', a.origin, 'created', now)
-put_state()
+put_state('status', 'running', 'origin', a.origin, 'created', now)
 put_context()
 push(ready, a.jobs)
 note({a.event})
@@ -1305,9 +1304,8 @@ class RedisExecutor:
 
     def keys(self, run: str, worker: str = "") -> list[str]:
         """The keys of a run, and of its jobs' custody, in the order that scripts know."""
-        key = self.key("run", run)
-        custody = [self.key("ready"), self.key("processing", worker or self.name)]
-        return [key, f"{key}:context", f"{key}:parked", *custody]
+        key, custody = f"{self.prefix}run:{run}", f"{self.prefix}processing:{worker or self.name}"
+        return [key, f"{key}:context", f"{key}:parked", f"{self.prefix}ready", custody]
 
     async def open(self) -> None:
         """Find out at once whether Redis is there and will do: RedisError where not."""
@@ -1357,7 +1355,7 @@ class RedisRun(Run):
         end = {"event": self.event(status, error=error), "told": f'["{status}",{told}]'}
         return end | ({"error": error} if error else {})
 
-    async def start(self, flow: Flow, values: dict[str, str], **more: Any) -> None:
+    def start(self, flow: Flow, values: dict[str, str], **more: Any) -> asyncio.Future[Any]:
         """Make the run: a user's with its `graph`, or a child with the `count` of them."""
         version = new_id()
         (tokens, visits), ready = flow.first(version)
@@ -1366,7 +1364,8 @@ class RedisRun(Run):
         a |= {"tokens": tokens, "visits": visits, "steps": 0}
         a |= {"jobs": [f"{self.id}/{node}/{version}" for node in ready]}
         key = self.executor.key
-        await self.change(START, key("graph", self.origin.graph), key("runs"), values=values, **a)
+        graph, runs = key("graph", self.origin.graph), key("runs")
+        return self.change(START, graph, runs, values=values, **a)
 
     async def status(self) -> Status:
         """Where the run stands now. RunError where it is gone."""
@@ -1725,14 +1724,15 @@ class Worker:
     async def _park(self, view: View, job: str, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
         origin = replace(view.origin, parent=job, depth=view.origin.depth + 1)
-        count = len(park.children) or 1
-        starts = []
+        count, starts = len(park.children) or 1, list[asyncio.Future[Any]]()
         for i, (child, values) in enumerate(zip(park.children, park.begun, strict=True)):
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
             run = RedisRun(self.executor, child_id(job, i), theirs)
             starts.append(run.start(view.flow.registry[child.flow], values, count=count))
-        for i in range(0, len(starts), 100):
-            await asyncio.gather(*starts[i : i + 100])
+            if i % 100 == 99:  # few at a time, for others want to be served, too
+                await asyncio.gather(*starts)
+                starts.clear()
+        await asyncio.gather(*starts)
         event = view.event("parked", node=job.split("/")[1], question=park.question)
         self._forget(job)
         await view.change(PARK, job=job, count=count, question=park.question or "", event=event)
