@@ -1571,8 +1571,10 @@ class Worker:
         try:
             if first := await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT"):
                 await self._receive([first])
+                await asyncio.sleep(0)  # that one is claimed first, and in the same exchange
                 if (room := self._room()) > 0 and not self.stopping:
-                    await self._receive(await self.fetch.execute_command(*TAKE.on(ends, room=room)))
+                    more = self.send(*TAKE.on(ends, room=room))
+                    await self._receive(await asyncio.wait_for(more, 3))
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
