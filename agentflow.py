@@ -957,11 +957,11 @@ local function tell(run, parked, job, index, status)
   end
   return 1
 end
-local function finish(status)
-  call('HSET', run, 'status', status, 'version', a.version)
-  if a.error then call('HSET', run, 'error', a.error) end
+local function finish()
+  call('HSET', run, 'status', a.status, 'version', a.version, 'error', a.error)
   note({a.event})
-  if a.parent ~= '' then tell(parent, parents_parked, a.parent, a.index, status) end
+  if a.parent ~= '' then tell(parent, parents_parked, a.parent, a.index, a.status) end
+  if a.status ~= 'failed' then live(7) end
 end
 """
 
@@ -1030,7 +1030,8 @@ return {found, call('HGETALL', context), tonumber(crashes), waits}
 # the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
 # whoever commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
 #   KEYS  .. parents_parked, copy
-#   a     seen version done tokens visits steps usage log keep queue, over event parent index told
+#   a     seen version done tokens visits steps usage log keep queue,
+#         status error event parent index told
 #   gives the status, or as CLAIM does what stands there instead
 COMMIT = Script("""
 local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
@@ -1045,29 +1046,32 @@ note(a.log)
 if found[2] == 'running' then
   push(mine, a.keep)
   push(ready, a.queue)
-  if a.over then
-    finish('completed')
+  if a.status then
     call('DEL', parked)
+    finish()
     if run == root then  -- a stream has a block of 4 KiB; a copy has no more than it needs
       call('COPY', events, KEYS[10], 'REPLACE')
       call('RENAME', KEYS[10], events)
     end
-    live(7)
   end
 end
 return {found[2]}
 """)
 
-# FAIL ends a run, whose tokens stay. Only a job's custodian may: a worker that was taken for dead
-# must not fail what another one is doing.
+# END ends a run as failed, whose tokens stay, or as cancelled, for good. Only a job's custodian may
+# fail it: a worker that was taken for dead must not fail what another one is doing.
 #   KEYS  .. parents_parked
-#   a     job version error event parent index told
-#   gives 1 if the job was in custody
-FAIL = Script("""
-if call('LREM', mine, 0, a.job) == 0 then return 0 end
+#   a     job version status error event parent index told
+#   gives the status that it found, or nothing without custody
+END = Script("""
+if a.job and call('LREM', mine, 0, a.job) == 0 then return end
 local status = call('HGET', run, 'status')
-if status == 'running' then finish('failed') elseif status == 'failed' then note({a.event}) end
-return 1
+if status == 'running' or status == 'failed' and a.status == 'cancelled' then
+  finish()
+elseif status == 'failed' then
+  note({a.event})
+end
+return status
 """)
 
 # PARK ends the custody of a job until there is something for it to read; if there is already, the
@@ -1106,19 +1110,6 @@ BEAT = Script("""
 call('PEXPIRE', KEYS[1], a.lease)
 redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
 redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
-""")
-
-# CANCEL ends a run for good.
-#   KEYS  .. parents_parked
-#   a     version error event parent index told
-#   gives the status that it found
-CANCEL = Script("""
-local status = call('HGET', run, 'status')
-if status == 'running' or status == 'failed' then
-  finish('cancelled')
-  live(7)
-end
-return status
 """)
 
 # RESUME queues each active token of a failed run anew, its crashes forgotten. A child takes back
@@ -1352,8 +1343,8 @@ class RedisRun(Run):
     def end(self, status: str, error: str = "", result: str = "") -> dict[str, Any]:
         """What a script that ends the run is given: among it what a parent is told."""
         told = result or encode(failure_of(self.id, self.origin.flow, status, error))
-        end = {"event": self.event(status, error=error), "told": f'["{status}",{told}]'}
-        return end | ({"error": error} if error else {})
+        event = self.event(status, error=error)
+        return {"status": status, "error": error, "event": event, "told": f'["{status}",{told}]'}
 
     def start(self, flow: Flow, values: dict[str, str], **more: Any) -> asyncio.Future[Any]:
         """Make the run: a user's with its `graph`, or a child with the `count` of them."""
@@ -1408,7 +1399,7 @@ class RedisRun(Run):
             raise RunError(f"run {self.id} is {found} already")
 
     async def _cancel(self, why: str) -> str:
-        found = await self.change(CANCEL, **self.end(CANCELLED, why))
+        found = await self.change(END, **self.end(CANCELLED, why))
         for child in await self.children():  # no more can come: START asks for the parent's status
             await child._cancel("with its parent")
         return str(found)
@@ -1569,7 +1560,8 @@ class Worker:
         """Take as many jobs as there is room for; return after a second without one."""
         ends = (self.key("ready"), self.processing)
         try:
-            if first := await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT"):
+            first: Any = await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT")
+            if first:
                 await self._receive([first])
                 await asyncio.sleep(0)  # that one is claimed first, and in the same exchange
                 if (room := self._room()) > 0 and not self.stopping:
@@ -1703,7 +1695,6 @@ class Worker:
             a["usage"] = [out.usage for out in ended.values() if out.usage]
             if not state.tokens:
                 a |= view.end(COMPLETED, result=result_of(context, view.origin.gives))
-                a["over"] = True
             reply = await view.change(COMMIT, view.keys[EVENTS] + ":copy", values=changes, **a)
             if len(reply) == 1:
                 break
@@ -1742,7 +1733,7 @@ class Worker:
     async def _fail(self, run: RedisRun, job: str, text: str) -> None:
         log.warning("failed %s", job)
         self._forget(job)
-        if not await run.change(FAIL, job=job, **run.end(FAILED, text)):
+        if not await run.change(END, job=job, **run.end(FAILED, text)):
             self.counts["refused"] += 1
 
     async def _give_back(self, job: str, drop: bool = False) -> None:

@@ -56,7 +56,7 @@ import faults
 import graphs.check
 import graphs.nodes
 import prove
-from agentflow import CANCELLED, CLAIM, COMMIT, COMPLETED, FAIL, FAILED, GIVE_BACK, PARK, RUNNING
+from agentflow import CANCELLED, CLAIM, COMMIT, COMPLETED, END, FAILED, GIVE_BACK, PARK, RUNNING
 from agentflow import Context, Field, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
 from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, TryLater
 from agentflow import View, Worker, child_id, event_of, execute, failure_of, new_id, result_of
@@ -772,7 +772,7 @@ class Hand:
 
     async def fail(self, job: str, text: str) -> None:
         """Fail the run."""
-        await self.view.change(FAIL, job=job, **self.view.end(FAILED, text))
+        await self.view.change(END, job=job, **self.view.end(FAILED, text))
 
 
 async def committed_once(space: Space, run: RedisRun, flow: agentflow.Flow) -> End:
@@ -3635,7 +3635,7 @@ def test_each_scripts_header_names_its_keys_and_arguments() -> None:
     scripts = re.findall(r'((?:^#.*\n)+)(\w+) = Script\(\s*"""((?:.*\n)*?)"""', SOURCE, re.M)
 
     for header, name, text in scripts:
-        [fields] = re.findall(r"^#   a +(.*)", header, re.M)
+        [fields] = re.findall(r"^#   a +(.*(?:\n#    {5}.*)*)", header, re.M)
         keys = "".join(re.findall(r"^#   KEYS +(.*)", header, re.M) or [".. ready"]).split(", ")
         if keys[0].startswith(".. "):  # as in SHARED up to this one
             keys = names[: names.index(keys[0][3:]) if keys[0][3:] in names else -1] + keys
