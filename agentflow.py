@@ -198,8 +198,9 @@ class Child:
 
 @dataclass(frozen=True)
 class Park:
-    """Returned by a prep that cannot go on before these children have ended, or a person has
-    answered. The slot is freed; prep is called again, with `ctx.results`."""
+    """Returned by a prep that cannot go on before these children, of which there is at least one,
+    have ended, or a person has answered. Other jobs run meanwhile; then prep is called again, with
+    `ctx.results`."""
 
     children: list[Child] = field(default_factory=list)
     question: str | None = None
@@ -302,6 +303,8 @@ async def execute(node: Node, ctx: Context, failure: str, tell: Tell) -> Outcome
             raise Permanent(failure)
         prepared = await node.prep(ctx)
         if isinstance(prepared, Park):
+            if bool(prepared.children) == bool(prepared.question):
+                raise Permanent("it parks neither for children nor for a question, or for both")
             if prepared.children and ctx.depth >= MAX_DEPTH:
                 raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
             flows = node.flow.registry
@@ -781,10 +784,10 @@ class MemoryRun(Run):
     async def answer(self, node: str, value: Any, child: str = "") -> None:
         """Answer what a node, or one of a child run, asks; RunError where it asks nothing. The
         first answer wins."""
-        asked = f"{child or self.id}/{node}"
-        if asked not in self.questions:
+        text = to_json(value, "the answer")
+        if not (asked := self.questions.pop(f"{child or self.id}/{node}", None)):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
-        self.questions.pop(asked).set_result(json.loads(to_json(value, "the answer")))
+        asked.set_result(json.loads(text))
 
     def _queue(self, nodes: list[str]) -> None:
         for node in nodes:
@@ -1382,7 +1385,7 @@ class RedisRun(Run):
                 await asyncio.sleep(0.1)
 
     async def children(self) -> list[RedisRun]:
-        """The children that its active jobs have started so far."""
+        """The children that its jobs have started so far, also those that were not waited for."""
         found = []
         for name, count in pairs(await self.executor.send("HGETALL", self.keys[PARKED])).items():
             if name.endswith(" count"):
@@ -1410,9 +1413,11 @@ class RedisRun(Run):
         ctx = Context({})
         for name, value in inputs.items():
             ctx[name] = value
-        if (status := (await self.status()).status) == FAILED:
+        found = await self.status()
+        if (status := found.status) == FAILED:
             for child in await self.children():
-                if (await child.status()).status == FAILED:
+                _, node, mark = child.origin.parent.split("/")
+                if found.tokens.get(node) == mark and (await child.status()).status == FAILED:
                     await child.resume()
             status = await self.change(RESUME, values=ctx.changes, event=self.event("resumed"))
         if status != FAILED:
@@ -1470,7 +1475,7 @@ class View(RedisRun):
                 continue
             event = self.event("done", **outcome.event(node, state.visits))
             try:
-                if self.steps + len(ended) > MAX_STEPS:
+                if self.steps + len(events) >= MAX_STEPS:
                     raise RunError(too_many_steps(node))
                 state, nodes = self.flow.advance(state, node, outcome.action, version)
                 ready += [f"{self.id}/{node}/{version}" for node in nodes]
@@ -1492,6 +1497,14 @@ class Held:
     begun: bool = False
     executing: asyncio.Task[None] | None = None  # may be cancelled
     since: float = field(default_factory=time.monotonic)
+
+    def read(self, parked: Mapping[str, str], job: str) -> None:
+        """Take over what has come of it, once that is all, or a failure."""
+        count = int(parked.get(f"{job} count", 0))
+        told = [json.loads(parked.get(f"{job} {i}", "null")) for i in range(count)]
+        failures = [text for status, text in filter(None, told) if status != COMPLETED]
+        self.failure = failures[0] if failures else ""
+        self.results = [result for _, result in told] if told and all(told) else None
 
 
 class Worker:
@@ -1628,27 +1641,22 @@ class Worker:
         view = held.view = self._views.get(id) or View(self.executor, id, origin, flow)
         self._views[id] = view
         view.update(found, context)
-        if crashes and not self._alone:  # lest it take other jobs down with it
-            self._alone = job
         if view.phase != RUNNING or view.state.tokens.get(node) != token:  # a resume queues it anew
             await self._give_back(job, drop=True)
-        elif crashes >= (CRASHES if flow.nodes[node].retries else 1):
+            return None
+        if crashes >= (CRASHES if flow.nodes[node].retries else 1):
             text = f'node "{node}": {crashes} workers died while they ran it'
             await self._fail(view, job, text)
-        elif self._alone not in ("", job):
+            return None
+        if crashes and not self._alone:  # lest it take other jobs down with it
+            self._alone = job
+        if self._alone not in ("", job):
             await self._give_back(job)
+            return None
         while self._alone == job and len(self.held) > 1:
             await asyncio.sleep(0.05)
-        if self.held.get(job) is not held:
-            return None
-        parked = pairs(parked)
-        count = int(parked.get(f"{job} count", 0))
-        told = [json.loads(parked.get(f"{job} {i}", "null")) for i in range(count)]
-        held.failure = next(
-            (text for status, text in filter(None, told) if status != COMPLETED), ""
-        )
-        held.results = [result for _, result in told] if told and all(told) else None
-        return view
+        held.read(pairs(parked), job)
+        return view if self.held.get(job) is held else None
 
     async def _flow(self, origin: Origin) -> Flow:
         if origin.graph not in self._registries:
@@ -1696,23 +1704,19 @@ class Worker:
             if not state.tokens:
                 a |= view.end(COMPLETED, result=result_of(context, view.origin.gives))
             reply = await view.change(COMMIT, view.keys[EVENTS] + ":copy", values=changes, **a)
-            if len(reply) == 1:
-                break
-            if reply[0][0]:
-                view.update(*reply)
-            else:  # the run has expired
-                for job in ended:
-                    await self._give_back(job, drop=True)
+            if len(reply) == 1:  # it is committed
+                view.version, view.state, view.context, view.steps = version, state, context, steps
+                self.counts["done"] += len(ended)
+                for job in ready[:room] if reply[0] == RUNNING else ():
+                    self._begin(job, view)
+                for job, outcome in ended.items():
+                    log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
+                    self._forget(job)
                 return
-        else:
-            return
-        view.version, view.state, view.context, view.steps = version, state, context, steps
-        self.counts["done"] += len(ended)
-        for job in ready[:room] if reply[0] == RUNNING else ():
-            self._begin(job, view)
-        for job, outcome in ended.items():
-            log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
-            self._forget(job)
+            if reply[0][0]:
+                view.update(*reply)  # the run has moved
+            else:
+                view.phase = CANCELLED  # the run has expired
 
     async def _park(self, view: View, job: str, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
