@@ -52,7 +52,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -112,6 +112,11 @@ def to_json(value: Any, what: str) -> str:
     if len(text) > MAX_VALUE:
         raise ValueError(f"{what} has {len(text):,} characters as JSON; {MAX_VALUE:,} are allowed")
     return text
+
+
+def plain(text: str) -> str:
+    """The text, lone surrogates escaped: they are no Unicode, and Redis' JSON refuses them."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_json(text: str) -> Any:
@@ -203,7 +208,7 @@ class Park:
     `ctx.results`."""
 
     children: list[Child] = field(default_factory=list)
-    question: str | None = None
+    question: str = ""
     begun: list[dict[str, str]] = field(default_factory=list)  # by execute: the children's contexts
 
 
@@ -307,18 +312,19 @@ async def execute(node: Node, ctx: Context, failure: str, tell: Tell) -> Outcome
                 raise Permanent("it parks neither for children nor for a question, or for both")
             if prepared.children and ctx.depth >= MAX_DEPTH:
                 raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
-            flows = node.flow.registry
-            return replace(
-                prepared, begun=[flows[c.flow].begin(c.inputs) for c in prepared.children]
-            )
+            flows, question = node.flow.registry, plain(prepared.question)
+            begun = [flows[child.flow].begin(child.inputs) for child in prepared.children]
+            return replace(prepared, question=question, begun=begun)
         result = await _attempts(node, ctx, prepared, tell)
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action != DEFAULT and action not in node.actions:
             raise ValueError(f"its action {action!r:.80} is on none of its edges")
+        if odd := [used for used in ctx.usage.values() if not isinstance(used, int)]:
+            raise ValueError(f"its usage counts whole tokens, not {odd[0]!r:.80}")
         return Outcome(action, ctx.changes, ctx.usage, time.monotonic() - started)
     except Exception as error:
         kind = "" if isinstance(error, (Permanent, TryLater)) else f"{type(error).__name__}: "
-        text = f'node "{node.id}": {kind}{error}'[:2000]
+        text = plain(f'node "{node.id}": {kind}{error}'[:2000])
         if ERROR not in node.actions:
             raise RunError(text) from error
         changes = {node.id: encode(text)}
@@ -822,7 +828,7 @@ class MemoryRun(Run):
                 failure = str(error)
 
     async def _wait_for(self, job: str, node: str, park: Park) -> list[Any]:
-        if park.question is not None:
+        if park.question:
             answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             self.root.questions[f"{self.id}/{node}"] = answer
             return [await answer]
@@ -918,6 +924,7 @@ local function push(list, jobs)
   for _, job in ipairs(jobs) do call('LPUSH', list, job) end
 end
 local function note(texts)
+  if call('EXISTS', root) == 0 then return end  -- a child may outlive its root (I5)
   for _, text in ipairs(texts) do call('XADD', events, 'MAXLEN', '~', 10000, '*', 'event', text) end
 end
 local function put_state(...)
@@ -945,6 +952,7 @@ local function expect(parked, job)
     call('HSET', parked, job .. ' count', a.count, job .. ' left', a.count)
     call('EXPIRE', parked, 30 * 86400)
   end
+  return tonumber(call('HGET', parked, job .. ' count'))
 end
 -- A child's end, or a person's answer, is noted once, and queues the job if it is parked and has
 -- something to read.
@@ -982,21 +990,24 @@ class Script:
         return ("EVALSHA", self.digest, len(keys := [*keys]), *keys, encode(a), *flat)
 
 
-# START makes a run and queues its start nodes: once; a child only while its parent's job is active.
+# START makes a run and queues its start nodes: once; a child only while its parent's job is active,
+# and has not been told of it. How many children a job has, is settled by the first one.
 #   KEYS  .. parents_parked, graph, runs
-#   a     run version origin tokens visits steps jobs event parent, graph or (of a child) count
+#   a     run version origin tokens visits steps jobs event parent, graph or index count
 START = Script("""
 if call('EXISTS', run) == 1 then return 0 end
-if a.parent ~= '' and not is_active(parent, a.parent) then return 0 end
+if a.parent ~= '' then
+  if not is_active(parent, a.parent) then return 0 end
+  if a.index >= expect(parents_parked, a.parent) then return 0 end
+  if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return 0 end
+end
 local now = call('TIME')[1]
 put_state('status', 'running', 'origin', a.origin, 'created', now)
 put_context()
 push(ready, a.jobs)
 note({a.event})
 call('EXPIRE', run, 30 * 86400)
-if a.parent ~= '' then
-  expect(parents_parked, a.parent)
-else
+if a.parent == '' then
   call('EXPIRE', events, 30 * 86400)
   call('SET', KEYS[10], a.graph, 'EX', 30 * 86400)
   call('ZADD', KEYS[11], now, a.run)
@@ -1021,12 +1032,15 @@ return jobs
 # CLAIM reads what is needed to run a job.
 #   KEYS  .. parked
 #   a     job
-#   gives version, status, tokens, visits, steps, origin; context; crashes of the job; parked
+#   gives version, status, tokens, visits, steps, origin; context; crashes of the job; its news
 CLAIM = Script("""
 local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
 local crashes = call('HGET', run, 'crashes ' .. a.job) or 0
-local waits = call('HEXISTS', parked, a.job) == 1 and call('HGETALL', parked) or {}
-return {found, call('HGETALL', context), tonumber(crashes), waits}
+local told = {}
+for i = 1, call('HGET', parked, a.job .. ' count') or 0 do
+  told[i] = call('HGET', parked, a.job .. ' ' .. i - 1) or 'null'
+end
+return {found, call('HGETALL', context), tonumber(crashes), told}
 """)
 
 # COMMIT is the only way in which a run moves: all of it if the run's version is still the one that
@@ -1039,11 +1053,11 @@ return {found, call('HGETALL', context), tonumber(crashes), waits}
 COMMIT = Script("""
 local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
 if found[1] ~= a.seen then return {found, call('HGETALL', context)} end
-for _, job in ipairs(a.done) do call('LREM', mine, 0, job) end
-put_context()
-for _, used in ipairs(a.usage) do
+for _, used in ipairs(call('EXISTS', root) == 1 and a.usage or {}) do
   for kind, count in pairs(used) do call('HINCRBY', root, 'usage ' .. kind, count) end
 end
+for _, job in ipairs(a.done) do call('LREM', mine, 0, job) end
+put_context()
 put_state()
 note(a.log)
 if found[2] == 'running' then
@@ -1061,18 +1075,19 @@ end
 return {found[2]}
 """)
 
-# END ends a run as failed, whose tokens stay, or as cancelled, for good. Only a job's custodian may
-# fail it: a worker that was taken for dead must not fail what another one is doing.
+# END ends a run as cancelled, for good, or, for a job, as failed, whose tokens stay. Only the job's
+# custodian may fail it, while its token is there: a worker that was taken for dead must not fail
+# what another one does, and nobody what another one has done (I1).
 #   KEYS  .. parents_parked
 #   a     job version status error event parent index told
 #   gives the status that it found, or nothing without custody
 END = Script("""
 if a.job and call('LREM', mine, 0, a.job) == 0 then return end
 local status = call('HGET', run, 'status')
-if status == 'running' or status == 'failed' and a.status == 'cancelled' then
-  finish()
-elseif status == 'failed' then
+if status == 'failed' and a.job then
   note({a.event})
+elseif status == 'failed' or status == 'running' and (not a.job or is_active(run, a.job)) then
+  finish()
 end
 return status
 """)
@@ -1082,7 +1097,7 @@ return status
 #   KEYS  .. events
 #   a     job version count question event
 PARK = Script("""
-if call('LREM', mine, 0, a.job) == 0 or call('HGET', run, 'status') ~= 'running' then return end
+if call('LREM', mine, 0, a.job) == 0 or not is_active(run, a.job) then return end
 expect(parked, a.job)
 call('HSET', run, 'version', a.version)
 note({a.event})
@@ -1121,12 +1136,13 @@ redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
 #   a     run version event parent index
 #   gives the status that it found
 RESUME = Script("""
-local found = call('HMGET', run, 'status', 'tokens')
+local found = call('HMGET', run, 'status', 'tokens', 'resumed')
+if found[3] == a.version then return 'failed' end  -- sent again, for its reply was lost
 if found[1] ~= 'failed' then return found[1] end
 for _, name in ipairs(call('HKEYS', run)) do
   if string.match(name, '^crashes ') or name == 'error' then call('HDEL', run, name) end
 end
-call('HSET', run, 'status', 'running', 'version', a.version, 'steps', 0)
+call('HSET', run, 'status', 'running', 'version', a.version, 'resumed', a.version, 'steps', 0)
 put_context()
 if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) == 1 then
   local count = call('HGET', parents_parked, a.parent .. ' count')
@@ -1155,13 +1171,13 @@ note({a.event})
 return 1
 """)
 
-# KEEP refreshes the TTLs of a run that has not ended; one that just has keeps its shorter ones.
+# KEEP refreshes the TTLs of a running run; one that has just ended keeps its shorter ones.
 #   KEYS  .. parents_parked, graph
 #   a     days
 #   gives the run's status
 KEEP = Script("""
 local status = call('HGET', run, 'status')
-if status == 'running' or status == 'failed' then
+if status == 'running' then
   live(a.days)
   call('EXPIRE', KEYS[10], a.days * 86400)
 end
@@ -1252,9 +1268,11 @@ class Link:
         self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
         failed = []
         for (command, future), reply in zip(batch, replies, strict=True):
+            if future.cancelled():
+                continue
             if isinstance(reply, Exception) and transient(reply):
                 failed.append((command, future))
-            elif not future.cancelled():
+            else:
                 give = future.set_exception if isinstance(reply, Exception) else future.set_result
                 give(reply)
         return failed
@@ -1431,9 +1449,9 @@ class RedisRun(Run):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
 
     async def keep_alive(self) -> None:
-        """Refresh the TTL of a run that has not ended, of its graph, and of its children."""
+        """Refresh the TTL of a running run, of its graph, and of its children."""
         graph = self.executor.key("graph", self.origin.graph)
-        if await self.change(KEEP, graph, days=30) in (RUNNING, FAILED):
+        if await self.change(KEEP, graph, days=30) == RUNNING:
             for child in await self.children():
                 await child.keep_alive()
 
@@ -1452,7 +1470,7 @@ class View(RedisRun):
     def __init__(self, executor: RedisExecutor, id: str, origin: Origin, flow: Flow) -> None:
         super().__init__(executor, id, origin)
         self.flow = flow
-        self.ended: dict[str, Outcome] = {}  # jobs that wait for the next commit
+        self.ended: dict[str, Outcome] = {}  # jobs that are to be committed
         self.turn = asyncio.Lock()  # a run's commits take turns
 
     def update(self, found: list[str], context: Any) -> None:
@@ -1498,10 +1516,9 @@ class Held:
     executing: asyncio.Task[None] | None = None  # may be cancelled
     since: float = field(default_factory=time.monotonic)
 
-    def read(self, parked: Mapping[str, str], job: str) -> None:
-        """Take over what has come of it, once that is all, or a failure."""
-        count = int(parked.get(f"{job} count", 0))
-        told = [json.loads(parked.get(f"{job} {i}", "null")) for i in range(count)]
+    def read(self, texts: list[str]) -> None:
+        """Take over what it was told, once that is all, or a failure."""
+        told = [json.loads(text) for text in texts]
         failures = [text for status, text in filter(None, told) if status != COMPLETED]
         self.failure = failures[0] if failures else ""
         self.results = [result for _, result in told] if told and all(told) else None
@@ -1560,7 +1577,6 @@ class Worker:
         await tick
         for job in {*await self.send("LRANGE", self.processing, 0, -1), *self.held}:
             await self._give_back(job)
-        await self.send("ZREM", self.key("workers"), self.id)
         await self.send("DEL", self.key("worker", self.id))
 
     # A job's way: taken, claimed, executed, and committed, parked, failed or given back. It is
@@ -1594,8 +1610,11 @@ class Worker:
 
     def _begin(self, job: str, view: View | None = None) -> None:
         held = self.held[job] = Held(view)
-        task = asyncio.create_task(self._work(job, held))
-        self._tasks.add(task)
+        self._go(self._work(job, held))
+
+    def _go(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the event loop itself would forget it
         task.add_done_callback(self._tasks.discard)
 
     async def _work(self, job: str, held: Held) -> None:
@@ -1616,17 +1635,19 @@ class Worker:
             async with view.turn:
                 if len(view.state.tokens) > 1:
                     await asyncio.sleep(0)  # so that what ends at the same time shares the commit
-                while view.ended:
+                while job in view.ended:
                     await self._commit(view)
-        except Exception:
-            log.exception("Redis refused a command; %s will be audited", job)
-            self._forget(job)
+        except Exception:  # charged, so that it does not come again for ever
+            log.exception("Redis refused a command; giving back %s, as if we had crashed", job)
+            if held.view:
+                held.view.ended.pop(job, None)
+            await self._give_back(job, crashed=True)
 
     async def _claim(self, job: str, held: Held) -> View | None:
         """Read what a job needs; None, and the job is let go, if it must not run, or not now."""
         id, node, token = job.split("/")
         command = CLAIM.on(self.executor.keys(id), job=job)
-        found, context, crashes, parked = await self.send(*command)
+        found, context, crashes, told = await self.send(*command)
         if not found[0]:
             log.warning("run %s has expired; dropping %s", id, job)
             await self._give_back(job, drop=True)
@@ -1635,7 +1656,7 @@ class Worker:
         try:
             flow = await self._flow(origin)
         except Exception as error:
-            text = f"worker {self.id} cannot build its flow: {error}"
+            text = plain(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(RedisRun(self.executor, id, origin), job, text)
             return None
         view = held.view = self._views.get(id) or View(self.executor, id, origin, flow)
@@ -1648,21 +1669,22 @@ class Worker:
             text = f'node "{node}": {crashes} workers died while they ran it'
             await self._fail(view, job, text)
             return None
-        if crashes and not self._alone:  # lest it take other jobs down with it
+        if crashes > 1 and not self._alone:  # lest it take other jobs down with it once more
             self._alone = job
         if self._alone not in ("", job):
             await self._give_back(job)
             return None
         while self._alone == job and len(self.held) > 1:
             await asyncio.sleep(0.05)
-        held.read(pairs(parked), job)
+        held.read(told)
         return view if self.held.get(job) is held else None
 
     async def _flow(self, origin: Origin) -> Flow:
         if origin.graph not in self._registries:
-            graph = await self.send("GET", self.key("graph", origin.graph))
-            self._registries = dict([*self._registries.items()][-99:])
-            self._registries.setdefault(origin.graph, Registry(json.loads(graph or "{}")))
+            if not (graph := await self.send("GET", self.key("graph", origin.graph))):
+                raise RunError(f"its graph {origin.graph} is not in Redis")
+            self._registries = dict([*self._registries.items()][-99:])  # the newest
+            self._registries[origin.graph] = Registry(json.loads(graph))
         return self._registries[origin.graph][origin.flow]
 
     async def _execute(self, view: View, job: str, held: Held) -> Outcome | Park:
@@ -1684,19 +1706,18 @@ class Worker:
 
     async def _commit(self, view: View) -> None:
         """Record what the jobs that have ended lead to, decided anew whenever the run has moved."""
-        ended, view.ended = view.ended, {}
-        while ended:
+        while ended := dict(view.ended):
             seen, version = view.version, new_id()
             state, ready, events, refused = view.decide(ended, version)
             for job, why in refused.items():
                 self.counts["refused"] += 1
-                del ended[job]
+                del view.ended[job]
                 await (self._fail(view, job, why) if why else self._give_back(job, drop=True))
             if refused:
                 continue  # without them
             changes = {key: text for out in ended.values() for key, text in out.changes.items()}
             context, steps = view.context | changes, view.steps + len(ended)
-            room = 0 if self.stopping or self._alone else max(1, self._room() + len(ended))
+            room = 0 if self.stopping or self._alone else max(0, self._room() + len(ended))
             a: dict[str, Any] = {"seen": seen, "version": version, "steps": steps, "log": events}
             a |= {"tokens": state.tokens, "visits": state.visits}
             a |= {"done": [*ended], "keep": ready[:room], "queue": ready[room:]}
@@ -1712,6 +1733,7 @@ class Worker:
                 for job, outcome in ended.items():
                     log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
                     self._forget(job)
+                    del view.ended[job]
                 return
             if reply[0][0]:
                 view.update(*reply)  # the run has moved
@@ -1732,7 +1754,7 @@ class Worker:
         await asyncio.gather(*starts)
         event = view.event("parked", node=job.split("/")[1], question=park.question)
         self._forget(job)
-        await view.change(PARK, job=job, count=count, question=park.question or "", event=event)
+        await view.change(PARK, job=job, count=count, question=park.question, event=event)
 
     async def _fail(self, run: RedisRun, job: str, text: str) -> None:
         log.warning("failed %s", job)
@@ -1740,15 +1762,15 @@ class Worker:
         if not await run.change(END, job=job, **run.end(FAILED, text)):
             self.counts["refused"] += 1
 
-    async def _give_back(self, job: str, drop: bool = False) -> None:
-        """Put a job back, or drop it if it cannot move; uncharged, unless it has begun and must
-        never begin twice."""
+    async def _give_back(self, job: str, drop: bool = False, crashed: bool = False) -> None:
+        """Put a job back, or drop it if it cannot move. It is charged with a crash also if it has
+        begun and must not begin twice."""
         run, node, _ = job.split("/")
         held = self._forget(job)
-        once = held.begun and held.view and not held.view.flow.nodes[node].retries
-        await self.send(
-            *GIVE_BACK.on(self.executor.keys(run), job=job, crashed=bool(once), drop=drop)
-        )
+        if held.begun and held.view and not held.view.flow.nodes[node].retries:
+            crashed = True
+        keys = self.executor.keys(run)
+        await self.send(*GIVE_BACK.on(keys, job=job, crashed=crashed, drop=drop))
 
     def _forget(self, job: str) -> Held:
         """Hold a job no longer; if its node still executes, that ends."""
@@ -1770,7 +1792,7 @@ class Worker:
                 log.warning("a node blocked the event loop for %.1f s, one of: %s", late, jobs)
             try:
                 await self._look_after()
-            except exceptions.RedisError as error:
+            except Exception as error:  # the next beat is to come all the same
                 log.error("Redis refused a command, which a permission may lack: %s", error)
 
     async def _look_after(self) -> None:
@@ -1780,7 +1802,8 @@ class Worker:
         if time.monotonic() - self.executor.link.back_since > self.lease:
             await self._reap()
         if time.monotonic() > self._kept_alive + 3600:
-            await self._keep_alive()
+            self._kept_alive = time.monotonic()
+            self._go(self._keep_alive())  # by itself, for the beat must not wait for it
 
     async def _beat(self) -> None:
         now = time.monotonic()
@@ -1818,11 +1841,11 @@ class Worker:
         old = await self.send("ZRANGEBYSCORE", crew, "-inf", now - DAY)
         workers = await self.send("ZRANGE", crew, 0, -1)
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
-        for worker, listed in zip(workers, lists, strict=True):
+        for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
             heartbeat = self.key("worker", worker)
-            if await listed and not await self.send("EXISTS", heartbeat):
+            if listed and not await self.send("EXISTS", heartbeat):
                 moved = 0
-                for job in await listed:
+                for job in listed:
                     keys = [*self.executor.keys(job.split("/")[0], worker), heartbeat]
                     moved += await self.send(*GIVE_BACK.on(keys, job=job, crashed=True, dead=True))
                 self.counts["reaped"] += moved
@@ -1831,9 +1854,10 @@ class Worker:
                 await self.send("ZREM", crew, worker)
 
     async def _keep_alive(self) -> None:
-        """Refresh the TTL of runs that only wait; forget those that have expired."""
-        self._kept_alive = time.monotonic()
+        """Refresh the TTLs of running runs, which may only wait; forget those that have expired."""
         for id in await self.send("ZRANGE", self.key("runs"), 0, -1):
+            if self._leaving:
+                return
             if run := await self.executor.find(id):
                 await run.keep_alive()
             else:

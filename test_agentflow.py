@@ -56,7 +56,8 @@ import faults
 import graphs.check
 import graphs.nodes
 import prove
-from agentflow import CANCELLED, CLAIM, COMMIT, COMPLETED, END, FAILED, GIVE_BACK, PARK, RUNNING
+from agentflow import CANCELLED, CLAIM, COMMIT, COMPLETED, END, EVENTS, FAILED
+from agentflow import GIVE_BACK, PARK, RESUME, RUN, RUNNING
 from agentflow import Context, Field, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
 from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, TryLater
 from agentflow import View, Worker, child_id, event_of, execute, failure_of, new_id, result_of
@@ -231,6 +232,22 @@ class Cancelling(Node):
         raise asyncio.CancelledError
 
 
+class Idle(Node):
+    """Parks for nothing."""
+
+    async def prep(self, ctx: Context) -> Any:
+        return Park()
+
+
+class Spender(Node):
+    """Says that it has used so many model tokens."""
+
+    fields: ClassVar[dict[str, Field]] = {"tokens": Field("any")}
+
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
+        ctx.usage["total"] = self.data["tokens"]
+
+
 class Rehearsed(Node):
     """Calls out; in a dry run it does not."""
 
@@ -243,7 +260,7 @@ class Rehearsed(Node):
 
 TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison": Poison}
 TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
-TYPES |= {"cancelling": Cancelling}
+TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender}
 for name, node_type in TYPES.items():
     Registry.add(name, node_type)
 
@@ -750,13 +767,13 @@ class Hand:
 
     async def decide(self, job: str) -> dict[str, Any]:
         """Read the run, execute the job, and decide what that leads to."""
-        found, context, _, parked = await self.view.executor.send(
+        found, context, _, told = await self.view.executor.send(
             *CLAIM.on(self.view.keys[:3], job=job)
         )
         self.view.update(found, agentflow.pairs(context))
         view, node, version = self.view, job.split("/")[1], new_id()
-        told = json.loads(agentflow.pairs(parked).get(f"{job} 0", "null"))
-        ctx = Context(view.context, job, results=told and told[1:])
+        results = json.loads(told[0])[1:] if told else None
+        ctx = Context(view.context, job, results=results)
         outcome = await execute(self.flow.nodes[node], ctx, "", quiet)
         assert isinstance(outcome, Outcome)
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
@@ -1563,6 +1580,43 @@ async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Gate) -
     assert (await end_of(run)).status == COMPLETED
 
 
+@own_executors
+async def test_an_answer_that_is_not_json_leaves_the_question(executor: Any) -> None:
+    run = await flow(APPROVAL, w=WAIT).run({}, executor)
+    await question_of(run)
+
+    with pytest.raises(ValueError, match="the answer is not JSON"):
+        await run.answer("w", {1})
+    await run.answer("w", "approve")
+
+    assert (await end_of(run)).done == activations("a w:approve b")
+
+
+@own_executors
+async def test_a_question_and_an_error_may_hold_what_is_not_unicode(executor: Any) -> None:
+    asking = flow(APPROVAL, w=WAIT | {"question": "Is {{x}} good?", "inputs": {"x": "x"}})
+    run = await asking.run({"x": "\ud83d"}, executor)
+    question = await question_of(run)
+    await run.answer("w", "approve")
+    failed = await same(executor, family("m", m=MAP), {"items": "\ud83d"})
+
+    assert question == "Is \\ud83d good?" and (await end_of(run)).status == COMPLETED
+    assert failed.status == FAILED and failed.error.endswith("not \\ud83d")
+
+
+async def test_a_node_that_parks_for_nothing_has_failed(executor: Any) -> None:
+    end = await same(executor, one("idle"))
+
+    said = "it parks neither for children nor for a question, or for both"
+    assert (end.status, end.error) == (FAILED, f'node "a": {said}')
+
+
+async def test_a_node_that_has_used_half_a_token_has_failed(executor: Any) -> None:
+    end = await same(executor, one("spender", tokens=0.5))
+
+    assert end.error == 'node "a": ValueError: its usage counts whole tokens, not 0.5'
+
+
 async def test_a_node_that_cancels_itself_has_failed(executor: Any) -> None:
     end = await same(executor, one("cancelling"))
 
@@ -2083,7 +2137,9 @@ async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate
     assert len(gate.begun("a")) == 2  # here and in memory
 
 
-async def test_a_node_without_retries_is_never_started_twice(space: Space, gate: Gate) -> None:
+async def test_a_node_without_retries_is_not_started_again_when_its_worker_dies(
+    space: Space, gate: Gate
+) -> None:
     gated = flow("a -> b", a=gate.data | {"config": {"retries": 0}})
     worker = space.process()
     run = await gated.run({}, space.executor)
@@ -2116,11 +2172,24 @@ async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space)
     assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
 
 
-async def test_a_job_that_has_crashed_runs_alone(space: Space, gate: Gate) -> None:
+async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space: Space) -> None:
+    spending = flow("a -> b", a={"type": "spender", "tokens": 1})
+    run = await spending.run({}, space.executor)
+    usage = space.key("run", run.id), "usage total"
+    space.redis.hset(*usage, "not a number")
+    worker = space.worker()
+
+    await wait_until(lambda: space.redis.hget(usage[0], "status") == FAILED)
+
+    assert space.redis.hdel(*usage) and worker.held == {}
+    assert (await run.status()).error == 'node "a": 5 workers died while they ran it'
+
+
+async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate) -> None:
     flows = [flow(node, **{node: gate.data}) for node in "abc"]
     runs = [await each.run({}, space.executor) for each in flows]
     job = next(job for job in space.lists() if "/b/" in job)
-    space.redis.hset(space.key("run", runs[1].id), f"crashes {job}", 1)
+    space.redis.hset(space.key("run", runs[1].id), f"crashes {job}", 2)
 
     worker = space.worker()
     await wait_until(lambda: worker._alone == job and gate.begun("a"))
@@ -2221,6 +2290,24 @@ async def test_a_worker_that_is_only_slow_is_taken_for_dead_and_loses_the_race(
 
     await wait_until(lambda: slow.counts["refused"] == 1)
     assert other.counts["reaped"] >= 1
+
+
+async def test_a_job_that_was_committed_late_cannot_be_failed_by_its_new_worker(
+    space: Space,
+) -> None:
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    zombie, other = Hand(space, both, run), Hand(space, both, run)
+    a = zombie.take("a")
+    decision = await zombie.decide(a)
+    space.redis.lmove(zombie.processing, other.processing, "RIGHT", "LEFT")
+
+    accepted = await zombie.commit(decision)
+    await other.fail(a, "it was done already")
+
+    assert accepted and not space.redis.llen(other.processing)
+    space.worker()
+    await committed_once(space, run, both)
 
 
 async def test_a_worker_whose_job_was_taken_away_stops_its_node(space: Space, gate: Gate) -> None:
@@ -2410,6 +2497,68 @@ async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> N
     assert all(6 < days <= 7 for days in ttls.values()), ttls
 
 
+async def test_a_child_that_outlives_its_root_leaves_nothing_of_it(
+    space: Space, gate: Gate
+) -> None:
+    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
+    slow = {"type": "spender", "tokens": 1}
+    child = graph("w -good-> x -> s; w -bad-> y", w=by_item, x=gate.data, y=gate.broken, s=slow)
+    graphs = {"flow": graph("m -error-> z", m=MAP), "child": child}
+    space.worker()
+    run = await Registry(graphs)["flow"].run({"items": ["good", "bad"]}, space.executor)
+    assert (await end_of(run)).status == COMPLETED
+    [good] = [key for key, found in space.runs().items() if found["status"] == RUNNING]
+    space.redis.delete(*run.keys[:3], run.keys[EVENTS])  # as after a week
+
+    gate.open("x")
+    await wait_until(lambda: space.redis.hget(good, "status") == COMPLETED)
+
+    assert not space.redis.exists(*run.keys[:3], run.keys[EVENTS])
+    space.redis.delete(*space.runs())  # whose events nobody can replay
+
+
+async def test_a_failed_run_expires_though_workers_live(space: Space, gate: Gate) -> None:
+    space.worker()
+    failed = await flow("a", a=gate.broken).run({}, space.executor)
+    await end_of(failed)
+    waiting = await flow(APPROVAL, w=WAIT).run({}, space.executor)
+    await question_of(waiting)
+    for run in (failed, waiting):
+        space.redis.expire(run.keys[RUN], 1000)
+        await run.keep_alive()
+
+    ttls = [space.redis.ttl(run.keys[RUN]) for run in (failed, waiting)]
+
+    assert ttls[0] <= 1000 and ttls[1] > 29 * 86400
+
+
+async def test_a_run_whose_graph_is_gone_fails_and_may_be_resumed(space: Space) -> None:
+    run = await flow("a -> b").run({}, space.executor)
+    name = space.key("graph", run.origin.graph)
+    text = space.redis.getdel(name)
+    space.worker()
+    failed = await end_of(run)
+
+    space.redis.set(name, text, ex=86400)
+    await run.resume()
+
+    assert failed.error.endswith(f"its graph {run.origin.graph} is not in Redis")
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_what_comes_into_the_list_of_a_worker_that_has_left_is_found(space: Space) -> None:
+    gone = space.worker()
+    await wait_until(lambda: space.redis.exists(space.key("worker", gone.id)))
+    await space.stop(gone)
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    space.redis.lmove(space.key("ready"), gone.processing, "RIGHT", "LEFT")  # its BLMOVE, late
+
+    space.worker()
+
+    await committed_once(space, run, both)
+
+
 async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Space) -> None:
     parent = family("s -> b", s=SUB)
     run = await parent.run({}, space.executor)
@@ -2527,6 +2676,57 @@ async def test_a_resumed_run_resumes_its_failed_children_and_only_those(
     assert failed.error.endswith('run ID of "child" failed: node "y": it is broken')
     assert len(gate.begun("z")) == 2
     assert end.meaning == (await in_memory(deep["top"], items)).meaning
+
+
+async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(
+    space: Space, gate: Gate
+) -> None:
+    noted = gate.data | {"holds": 0}
+    going_on = family("s -error-> z", s=SUB, z=gate.broken, c_x=noted | gate.broken)
+    space.worker()
+    run = await going_on.run({}, space.executor)
+    await end_of(run)
+    [child] = await run.children()
+
+    gate.mend()
+    await run.resume()
+
+    assert (await end_of(run)).status == COMPLETED
+    assert await is_status(child, FAILED) and len(gate.begun("x")) == 1
+
+
+async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
+    space: Space, gate: Gate
+) -> None:
+    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
+    noted = gate.data | {"holds": 0}
+    child = graph("w -good-> x; w -bad-> y", w=by_item, x=noted, y=gate.broken)
+    graphs = {"flow": graph("m", m=MAP), "child": child}
+    space.worker()
+    run = await Registry(graphs)["flow"].run({"items": ["good", "bad"]}, space.executor)
+    await end_of(run)
+    good, _ = await run.children()
+    space.redis.delete(*good.keys[:3])  # as if it had ended a week ago
+
+    gate.mend()
+    await run.resume({"items": ["good", "bad", "good"]})
+    end = await end_of(run)
+
+    assert [sorted(item) for item in end.context["m"]] == [["item", "w", "x"], ["item", "w", "y"]]
+    assert len(gate.begun("x")) == 1
+
+
+async def test_a_resume_that_is_sent_again_resumes_once(space: Space, gate: Gate) -> None:
+    space.worker()
+    run = await flow("a", a=gate.broken).run({}, space.executor)
+    await end_of(run)
+    resume = {"version": new_id(), "event": run.event("resumed")}
+
+    assert await run.change(RESUME, **resume) == FAILED
+    failed = await end_of(run)
+    assert await run.change(RESUME, **resume) == FAILED  # what the first one had said
+
+    assert failed.status == FAILED and await is_status(run, FAILED)
 
 
 async def test_a_resumed_run_takes_new_inputs(space: Space) -> None:
