@@ -1,36 +1,43 @@
 """Run a graph of LLM steps: in this process, or over any number of workers that share a Redis.
 
     >>> class Greet(Node):
-    ...     async def post(self, ctx, prepared, result):
-    ...         ctx["final_output"] = "Hello " + ctx["name"]
+    ...     async def exec(self, prepared):
+    ...         return "Hello " + prepared["name"]
     >>> Registry.add("greet", Greet)
-    >>> flows = Registry({"hello": {"nodes": [{"id": "greet", "type": "greet"}]}})
+    >>> node = {"id": "hello", "type": "greet", "data": {"inputs": {"name": "name"}}}
+    >>> flows = Registry({"demo": {"nodes": [node]}})
     >>> async def main():
-    ...     run = await flows["hello"].run({"name": "Ada"})  # or executor=RedisExecutor(url)
+    ...     run = await flows["demo"].run({"name": "Ada"})  # or executor=RedisExecutor(url)
     ...     return await run.result()
     >>> asyncio.run(main())
-    'Hello Ada'
+    {'hello': 'Hello Ada', 'name': 'Ada'}
 
 The words, each with an example:
 
-    flow      a graph of nodes and edges                        flows["hello"]
-    node      one step: prep reads, exec works, post writes     "greet"
+    flow      a graph of nodes and edges                        flows["demo"]
+    node      one step: prep reads, exec works, post writes     "hello"
     edge      leads from a node to the next, for one action     review --more--> plan
     action    what a node answers                               "default", "more", "error"
     context   a run's data: string keys, JSON values            {"name": "Ada"}
     run       one execution of a flow                           "5f0c1a..."
-    token     a mark at a node: "waiting", "returned" to the    {"greet": "8d1f03..."}
-              head of a loop, or, once active, a random id
-    job       one activation of one node: run/node/token;       "5f0c1a.../greet/8d1f03..."
+    token     stands at a node, one at most; its mark is        {"hello": "8d1f03..."}
+              "waiting", "returned" (to the head of a loop),
+              or, while the node is active, a random id
+    job       one activation of one node: run/node/mark;        "5f0c1a.../hello/8d1f03..."
               what the queue moves, and an idempotency key
-    visit     the how-many-th activation since the node's loop was entered; 1 outside of loops
+    visit     which activation of its node this is, since the node's loop was entered: 1, 2, ...
+    child     a run that a node has started, and waits for; the root is the run that a user started
+    parked    so is a job that waits for its children or for a person; no worker has it
+    custody   a worker's, of the jobs in its own list, from taking them to their end
+    delivery  one time that a job is taken: a second one follows when the first one's worker dies
     executor  where a flow runs: InMemoryExecutor, RedisExecutor, or one of your own
 
-What holds, whatever is killed, whenever:
+What holds, whatever is killed, whenever; each is named where it is upheld:
 
-    I1  A node may execute more than once; its effect on the run commits exactly once.
+    I1  A node may execute more than once; its effect on the run commits at most once, and exactly
+        once in a run that completes.
     I2  Each active token of a running run is in exactly one place: the ready list, one worker's
-        processing list, or parked.
+        processing list, or parked. (In two only if a resume queues what a worker still has.)
     I3  A run that can move moves; one that cannot says why. No job is dropped in silence.
     I4  Every executor gives the same context and commits the same (node, visit, action).
     I5  No key outlives its TTL; a finished run leaves nothing else behind.
@@ -69,22 +76,22 @@ log = logging.getLogger("agentflow")
 
 MAX_VALUE = 1024 * 1024  # characters of one value's JSON text
 MAX_NODES = 2_000  # in a graph, and five times as many edges
-MAX_STEPS = 10_000  # activations in a run: a loop without an end, ends here
+MAX_STEPS = 10_000  # activations in a run since it was started or resumed: a loop must end
 MAX_DEPTH = 16  # runs within runs
 PATIENCE = 600.0  # seconds for which an overloaded server is asked again
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # ids become parts of jobs and of Redis keys
 
 
 class GraphError(ValueError):
-    """For who wrote a graph: every finding, a line each, with file, place and mend."""
+    """For whoever wrote a graph: every finding, a line each, with file, place and what would do."""
 
 
 class RunError(Exception):
-    """For who started a run: why it cannot start, has failed, or cannot be steered like that."""
+    """For whoever started a run: why it cannot start, has failed, or cannot be steered so."""
 
 
 class Permanent(Exception):
-    """Raised in exec: what went wrong cannot get better, so it is not tried again."""
+    """Raised in a node: what went wrong cannot get better, so exec is not tried again."""
 
 
 class TryLater(Exception):
@@ -209,7 +216,7 @@ class Park:
 
     children: list[Child] = field(default_factory=list)
     question: str = ""
-    begun: list[dict[str, str]] = field(default_factory=list)  # by execute: the children's contexts
+    contexts: list[dict[str, str]] = field(default_factory=list)  # the children's, by execute
 
 
 class Node:
@@ -217,7 +224,7 @@ class Node:
     inputs and its own id; then also say so in `reads` and `writes`."""
 
     fields: ClassVar[dict[str, Field]] = {}  # what `data` may hold, beside inputs and example
-    backoff: ClassVar[float] = 0.5  # seconds before the first retry; doubled for each further one
+    backoff: ClassVar[float] = 0.5  # seconds, about, before the first retry; then doubled, up to 60
 
     def __init__(self, flow: Flow, spec: Mapping[str, Any], actions: list[str]) -> None:
         config = spec.get("config") or {}
@@ -281,7 +288,7 @@ class Node:
 
 
 class Outcome(NamedTuple):
-    """What an activation came to: its action, the keys that it wrote, the tokens it used."""
+    """What an activation came to: its action, the keys that it wrote, the model tokens it used."""
 
     action: str
     changes: dict[str, str]  # key: JSON text
@@ -294,11 +301,11 @@ class Outcome(NamedTuple):
         return found | {"seconds": round(self.seconds, 3), "usage": self.usage}
 
 
-Tell = Callable[..., None]  # records an event of a node: its name, and what belongs to it
+Record = Callable[..., None]  # records an event of a node: its name, and what belongs to it
 
 
-async def execute(node: Node, ctx: Context, failure: str, tell: Tell) -> Outcome | Park:
-    """One activation of a node, the same in every executor; `failure` is that of a child.
+async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
+    """One activation of a node, the same in every executor (I4); `failure` is that of a child.
 
     RunError when it has failed for good and none of its edges carries the action `error`.
     """
@@ -313,9 +320,9 @@ async def execute(node: Node, ctx: Context, failure: str, tell: Tell) -> Outcome
             if prepared.children and ctx.depth >= MAX_DEPTH:
                 raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
             flows, question = node.flow.registry, plain(prepared.question)
-            begun = [flows[child.flow].begin(child.inputs) for child in prepared.children]
-            return replace(prepared, question=question, begun=begun)
-        result = await _attempts(node, ctx, prepared, tell)
+            contexts = [flows[child.flow].new_context(child.inputs) for child in prepared.children]
+            return replace(prepared, question=question, contexts=contexts)
+        result = await _attempts(node, ctx, prepared, record)
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action != DEFAULT and action not in node.actions:
             raise ValueError(f"its action {action!r:.80} is on none of its edges")
@@ -331,7 +338,7 @@ async def execute(node: Node, ctx: Context, failure: str, tell: Tell) -> Outcome
         return Outcome(ERROR, changes, ctx.usage, time.monotonic() - started)
 
 
-async def _attempts(node: Node, ctx: Context, prepared: Any, tell: Tell) -> Any:
+async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> Any:
     work = node.rehearse if ctx.dry_run else node.exec
     started = time.monotonic()
     failures = refusals = 0
@@ -359,7 +366,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, tell: Tell) -> Any:
                 reason = f"no result within {node.timeout} seconds"
             if failures > node.retries:
                 raise (TimeoutError(reason) if limit.expired() else error) from None
-        tell("retrying", error=reason, delay=round(delay, 3))
+        record("retrying", error=reason, delay=round(delay, 3))
         await asyncio.sleep(delay)
 
 
@@ -372,18 +379,18 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, tell: Tell) -> Any:
 # So a join waits for exactly the branches that were taken. (In the literature: van der Aalst's
 # synchronizing merge, BPMN's inclusive gateway.) Sets of nodes are bit masks: Python ints.
 
-WAITING, RETURNED = "waiting", "returned"  # any other mark is the id of an active token
+WAITING, RETURNED = "waiting", "returned"  # any other mark is that of an active token
 
 
 class State(NamedTuple):
-    """Where a run stands: all that the rule reads, and makes anew."""
+    """A run's tokens and visits: all that the rule reads, and makes anew."""
 
     tokens: dict[str, str]  # node: mark
     visits: dict[str, int]  # node in a loop: its activations since the loop was entered
 
 
 class Loop(NamedTuple):
-    """Nodes that can all reach one another: entered at the head, repeated by edges back to it."""
+    """Nodes that can all reach one another: entered at the head, and repeated by edges to it."""
 
     head: str
     members: set[str]
@@ -418,7 +425,7 @@ class Flow:
         otherwise. RunError where an input is missing or not JSON."""
         return await (executor or InMemoryExecutor()).run(self, inputs, dry_run)
 
-    def begin(self, inputs: Mapping[str, Any]) -> dict[str, str]:
+    def new_context(self, inputs: Mapping[str, Any]) -> dict[str, str]:
         """A new run's context, as JSON texts. RunError where an input is missing or not JSON."""
         if missing := sorted(self.needs - self.inputs.keys() - inputs.keys()):
             mend = " ".join(f"--input {name}=..." for name in missing)
@@ -433,37 +440,38 @@ class Flow:
 
     # The rule.
 
-    def first(self, id: str) -> tuple[State, list[str]]:
-        """The state of a new run, and its start nodes, active under this id."""
-        return self._activate(dict.fromkeys(self.starts, WAITING), {}, id)
+    def first(self, mark: str) -> tuple[State, list[str]]:
+        """The state of a new run, and its start nodes, active with this mark."""
+        return self._activate(dict.fromkeys(self.starts, WAITING), {}, mark)
 
-    def advance(self, state: State, node: str, action: str, id: str) -> tuple[State, list[str]]:
+    def advance(self, state: State, node: str, action: str, mark: str) -> tuple[State, list[str]]:
         """The state after an active node has ended with an action, and the nodes that this made
-        active, under this id. Pure: every executor gets the same. RunError would be a bug."""
+        active, with this mark. Pure: every executor gets the same (I4). RunError would be a bug."""
         tokens = dict(state.tokens)
         del tokens[node]
         for target in self.targets[node].get(action, ()):
             if tokens.get(target, WAITING) not in (WAITING, RETURNED):
                 raise RunError(f'node "{target}" was reached while active; please report this')
             tokens[target] = RETURNED if (node, target) in self._back else WAITING
-        state, ready = self._activate(tokens, state.visits, id)
-        if tokens and not set(state.tokens.values()) - {WAITING, RETURNED}:
+        state, ready = self._activate(tokens, state.visits, mark)
+        if state.tokens and not {*state.tokens.values()} - {WAITING, RETURNED}:
             raise RunError(f"all tokens wait, {tokens}, and none may run; please report this")
         return state, ready
 
     def _activate(
-        self, tokens: dict[str, str], visits: dict[str, int], id: str
+        self, tokens: dict[str, str], visits: dict[str, int], mark: str
     ) -> tuple[State, list[str]]:
-        waiting = [node for node, mark in tokens.items() if mark in (WAITING, RETURNED)]
+        tokens = dict(tokens)
+        waiting = [node for node, old in tokens.items() if old in (WAITING, RETURNED)]
         masks = self._masks(tokens)
         ready = [node for node in waiting if not self._blockers(node, tokens[node], *masks)]
         for node in ready:
-            if tokens[node] == WAITING and node in self._body:  # enters its loop from outside
+            if tokens[node] == WAITING and node in self._body:  # a head, entered from outside
                 inside = self._body[node]
                 visits = {n: count for n, count in visits.items() if not self._bit[n] & inside}
             if self._heads[node]:
                 visits = {**visits, node: visits.get(node, 0) + 1}
-            tokens[node] = id
+            tokens[node] = mark
         return State(tokens, visits), ready
 
     def _masks(self, tokens: Mapping[str, str]) -> tuple[int, int]:
@@ -476,11 +484,12 @@ class Flow:
         return busy, returned
 
     def _blockers(self, node: str, mark: str, busy: int, returned: int) -> int:
-        """The tokens that a token waits for: those upstream, and, if it has come back to the head
-        of a loop, those in the loop. One that has come back belongs to the round that ends: what
-        is in its loop does not wait for it, what is behind the loop does."""
-        upstream = self._upstream[node] | (self._body[node] if mark == RETURNED else 0)
-        return (busy | returned & ~self._heads[node]) & upstream
+        """What a token waits for: each token upstream of it, and one that has come back to the head
+        of a loop also for each in the loop's body. That one stands for the next round, so nothing
+        in the body waits for it; what is behind the loop does."""
+        own_loop = self._body[node] if mark == RETURNED else 0
+        counted = busy | (returned & ~self._heads[node])
+        return counted & (self._upstream[node] | own_loop)
 
     def blockers(self, tokens: Mapping[str, str], node: str) -> list[str]:
         """The nodes whose tokens a waiting node waits for."""
@@ -495,15 +504,18 @@ class Flow:
     def _analyse(self) -> None:
         self._bit = {node: 1 << i for i, node in enumerate(self.nodes)}
         edges = [(node, target) for node in self.nodes for target in self.leads_to(node)]
-        self.reach = self._upstream_along(edges)
+        self.ancestors = self._ancestors_along(edges)
         self.starts = [
             node
             for node, bit in self._bit.items()
-            if not self.reach[node] & (bit - 1)  # nothing before it in the file leads to it, and
-            and all(self.reach[n] & bit for n in self.members(self.reach[node]))  # all from it
+            if not self.ancestors[node]
+            & (bit - 1)  # nothing before it in the file leads to it, and
+            and all(
+                self.ancestors[n] & bit for n in self.members(self.ancestors[node])
+            )  # all from it
         ]
         order = dict.fromkeys(self.starts)  # breadth-first, in file order
-        for node in (queue := [*order]):
+        for node in (queue := [*order]):  # which grows meanwhile
             queue += [target for target in self.leads_to(node) if target not in order]
             order |= dict.fromkeys(self.leads_to(node))
         edges = [(source, target) for source in order for target in self.leads_to(source)]
@@ -514,8 +526,8 @@ class Flow:
         while loops := [*self._outermost(order, [e for e in edges if e not in self._back])]:
             self.loops += loops
             self._back |= {(node, loop.head) for loop in loops for node in loop.members}
-        self._body = {loop.head: self._mask(loop.body) for loop in self.loops}
-        self._heads = {
+        self._body = {loop.head: self._mask(loop.body) for loop in self.loops}  # by head
+        self._heads = {  # of the loops that a node is in
             node: self._mask(loop.head for loop in self.loops if node in loop.body)
             for node in self.nodes
         }
@@ -523,7 +535,7 @@ class Flow:
         self._upstream: dict[str, int] = {}
         for heads in set(self._heads.values()):
             kept = [e for e in edges if e not in self._back or not heads & self._bit[e[1]]]
-            upstream = self._upstream_along(kept)
+            upstream = self._ancestors_along(kept)
             self._upstream |= {n: upstream[n] for n in self.nodes if self._heads[n] == heads}
 
     def leads_to(self, node: str) -> list[str]:
@@ -537,7 +549,7 @@ class Flow:
     def _mask(self, nodes: Iterable[str]) -> int:
         return sum(self._bit[node] for node in nodes)
 
-    def _upstream_along(self, edges: list[tuple[str, str]]) -> dict[str, int]:
+    def _ancestors_along(self, edges: list[tuple[str, str]]) -> dict[str, int]:
         """For each node the mask of those from which these edges lead to it."""
         upstream = dict.fromkeys(self.nodes, 0)
         before: dict[str, int] = {}
@@ -549,19 +561,22 @@ class Flow:
 
     def _outermost(self, order: Iterable[str], edges: list[tuple[str, str]]) -> Iterator[Loop]:
         """The loops along these edges that are in no other."""
-        reach = self._upstream_along(edges)
+        ancestors = self._ancestors_along(edges)
         seen: set[str] = set()
         for head in order:
-            if head not in seen and reach[head] & self._bit[head]:
-                members = {n for n in self.members(reach[head]) if reach[n] & self._bit[head]}
+            if head not in seen and ancestors[head] & self._bit[head]:
+                members = {
+                    n for n in self.members(ancestors[head]) if ancestors[n] & self._bit[head]
+                }
                 seen |= members
                 entries = {(s, t) for s, t in edges if s not in members and t in members - {head}}
                 yield Loop(head, members, members | self._side_work(head, members), entries)
 
     def _side_work(self, head: str, members: set[str]) -> set[str]:
-        """What is reached from a loop only by edges whose action goes on inside it too, from
-        nowhere else, and does not lead back to it."""
-        side = set(self.nodes) - set(self.starts) - set(self.members(self.reach[head]))
+        """Nodes that a loop starts beside itself: each edge to them comes from one of them, or from
+        a member whose same action also goes on inside; and they do not lead back. Found by leaving
+        out, of all nodes, what is reached in another way."""
+        side = set(self.nodes) - set(self.starts) - set(self.members(self.ancestors[head]))
         size = -1
         while size != len(side):
             size = len(side)
@@ -576,12 +591,12 @@ class Flow:
 
     @cached_property
     def needs(self) -> set[str]:
-        """The keys that only who starts a run can give: a node reads them, but no node that leads
-        to it writes them, and the graph has no default."""
+        """The keys that must be given at the start: the first key of each input of which no key has
+        a default or is written by a node that leads there."""
         writes = {node: step.writes() for node, step in self.nodes.items()}
         needs: set[str] = set()
         for node, step in self.nodes.items():
-            given = set(self.inputs).union(*(writes[n] for n in self.members(self.reach[node])))
+            given = set(self.inputs).union(*(writes[n] for n in self.members(self.ancestors[node])))
             for paths in step.inputs.values():
                 keys = [path.partition("/")[0] for path in paths]
                 needs |= set() if given.intersection(keys) else {keys[0]}
@@ -594,12 +609,13 @@ class Flow:
 
 # ── 4. Registry ──────────────────────────────────────────────────────────────────────────────
 # Which node types there are, and which graphs. What may stand in a graph file, and that no two
-# nodes of a graph can get into each other's way (I4), is checked by graphs/check.py.
+# nodes of a graph can get into each other's way (I4), is checked by graphs/check.py, as soon as
+# that, or graphs/nodes.py, is imported.
 
 
 class Registry(Mapping[str, Flow]):
     """Flows by id, each checked and built when it is first asked for; GraphError, with every
-    finding, where a flow, or one that it runs as a child, cannot run."""
+    finding, if a flow, or one that it runs as a child, cannot run."""
 
     types: ClassVar[dict[str, type[Node]]] = {}
     checks: ClassVar[list[Callable[[Registry, str], list[str]]]] = []  # each gives its findings
@@ -644,9 +660,9 @@ class Registry(Mapping[str, Flow]):
         return self._flows[id]
 
     def bundle(self, id: str) -> tuple[str, str]:
-        """What a run carries: the JSON of a flow's graph and its sub-flows', and its SHA-256."""
+        """What a run carries: the JSON of a flow's graph and its sub-flows', after its SHA-256."""
         if id not in self._bundles:
-            for flow_id in (wanted := [id]):
+            for flow_id in (wanted := [id]):  # which grows meanwhile
                 wanted += [child for child in self[flow_id].children() if child not in wanted]
             text = encode({flow_id: self.graphs[flow_id] for flow_id in sorted(wanted)})
             self._bundles[id] = hashlib.sha256(text.encode()).hexdigest(), text
@@ -662,7 +678,8 @@ Event = dict[str, Any]  # "at" (seconds since 1970), "event", "run", "flow", and
 
 @dataclass
 class Status:
-    """Where a run stands. `result` is its final_output, or without one its whole context."""
+    """What is known of a run. `status` is one of the four words above; a failed run can still be
+    resumed. `result` is its final_output, or without one its whole context."""
 
     run: str
     flow: str
@@ -710,7 +727,7 @@ class Executor(Protocol):
 
 
 def new_id() -> str:
-    """A random id: of a run, of a worker, of a version of a run and the tokens it activates."""
+    """A random id: of a run, or of a version of it, which is also the mark of what it activates."""
     return secrets.token_hex(8)
 
 
@@ -733,7 +750,7 @@ def failure_of(id: str, flow: str, status: str, error: str) -> str:
 
 
 def event_of(event: str, id: str, flow: str, **more: Any) -> Event:
-    """An event of a run; what is not known of it is left out."""
+    """An event of a run; what is empty or zero is left out."""
     found = {"event": event, "run": id, "flow": flow, **more}
     return {name: value for name, value in found.items() if value}
 
@@ -751,7 +768,7 @@ class InMemoryExecutor:
 
     async def run(self, flow: Flow, inputs: Mapping[str, Any], dry_run: bool = False) -> MemoryRun:
         """Start a run, which goes on as long as the event loop does."""
-        return MemoryRun(new_id(), flow, flow.begin(inputs), dry_run, self._slots)
+        return MemoryRun(new_id(), flow, flow.new_context(inputs), dry_run, self._slots)
 
 
 class MemoryRun(Run):
@@ -769,7 +786,7 @@ class MemoryRun(Run):
         self.questions: dict[str, asyncio.Future[Any]] = {}  # by run/node
         self.tasks: set[asyncio.Task[None]] = set()
         self.state, ready = flow.first(new_id())
-        self._tell("started")
+        self._record("started")
         self._queue(ready)
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
@@ -788,8 +805,8 @@ class MemoryRun(Run):
         return Status.of(self, self.flow.id, self.phase, self.values, **more)
 
     async def answer(self, node: str, value: Any, child: str = "") -> None:
-        """Answer what a node, or one of a child run, asks; RunError where it asks nothing. The
-        first answer wins."""
+        """Answer what a node, or one of a child run, asks. The first answer wins. RunError if it
+        asks nothing, ValueError if the answer is not JSON."""
         text = to_json(value, "the answer")
         if not (asked := self.questions.pop(f"{child or self.id}/{node}", None)):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
@@ -813,15 +830,15 @@ class MemoryRun(Run):
 
     async def _activate(self, id: str) -> Outcome:
         node, visit = self.flow.nodes[id], self.state.visits.get(id, 1)
-        tell = partial(self._tell, node=id)
+        record = partial(self._record, node=id)
         job, failure, results = f"{self.id}/{id}/{self.state.tokens[id]}", "", None
         while True:
             ctx = Context(self.values, job, visit, self.dry_run, self.depth, results)
             async with self.slots:
-                outcome = await execute(node, ctx, failure, tell)
+                outcome = await execute(node, ctx, failure, record)
             if isinstance(outcome, Outcome):
                 return outcome
-            tell("parked", question=outcome.question)
+            record("parked", question=outcome.question)
             try:
                 results = await self._wait_for(job, id, outcome)
             except RunError as error:
@@ -833,7 +850,7 @@ class MemoryRun(Run):
             self.root.questions[f"{self.id}/{node}"] = answer
             return [await answer]
         runs: list[MemoryRun] = []
-        for i, (child, values) in enumerate(zip(park.children, park.begun, strict=True)):
+        for i, (child, values) in enumerate(zip(park.children, park.contexts, strict=True)):
             flow = self.flow.registry[child.flow]
             run = MemoryRun(child_id(job, i), flow, values, self.dry_run, self.slots, self)
             runs.append(run)
@@ -855,7 +872,7 @@ class MemoryRun(Run):
         self.values = self.values | outcome.changes
         if outcome.usage:
             self.root.usage.update(outcome.usage)
-        self._tell("done", **event)
+        self._record("done", **event)
         if not self.state.tokens:
             self._end(COMPLETED)
         # A failed run keeps what its other nodes still finish, but goes on to nothing.
@@ -864,10 +881,10 @@ class MemoryRun(Run):
     def _end(self, phase: str, error: str = "") -> None:
         if self.phase == RUNNING:
             self.phase, self.error = phase, error
-            self._tell(phase, error=error)
+            self._record(phase, error=error)
             self.over.set()
 
-    def _tell(self, event: str, **more: Any) -> None:
+    def _record(self, event: str, **more: Any) -> None:
         at = {"at": time.time()}
         self.root.log.append(at | event_of(event, self.id, self.flow.id, **more))
         self.root.news.set()  # wakes who waits now,
@@ -876,7 +893,8 @@ class MemoryRun(Run):
 
 # ── 6. Redis: keys and scripts ───────────────────────────────────────────────────────────────
 # What several processes must agree on. A step that takes more than one command is a script, which
-# Redis runs as a whole; it checks first and writes last, for Lua has no roll-back.
+# Redis runs as a whole. Redis takes nothing back when a script fails, so nothing in it may fail
+# after its first write.
 #
 #   key                    type        holds
 #   ready                  list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
@@ -890,10 +908,16 @@ class MemoryRun(Run):
 #   run:<id>:events        stream      what happened to a root run and its children, capped
 #   graph:<sha256>         string      the graph that a run was started with, and its sub-flows
 #
-# A job is always in one of the lists, so that no worker's death can lose it:
+# LPUSH puts into a list on the left. BLMOVE waits for a job on the right of `ready` and moves it
+# into another list, in one step: so no worker's death can lose a job (I2).
 #
-#   ready --BLMOVE--> processing:<worker> --CLAIM--> prep, exec, post --COMMIT--> gone, its
-#     '<---GIVE_BACK---'                                          successors are in ready
+#   ready --BLMOVE, TAKE--> processing:<worker> --CLAIM--> prep, exec, post --COMMIT--> gone;
+#     '<-----GIVE_BACK-----------'                                   its successors are in ready,
+#                                      or, where the worker has room, in processing:<worker> again
+#
+# Fields of a job in run:<id>:parked. <job>: what it asks, or ''. <job> count: its children, or 1.
+# <job> left: 0 or less as soon as it has something to read. <job> <i>: what child i, or a person,
+# told: '["completed", result]', or another status and a text. <job> is parked: no worker has it.
 
 DAY = 24 * 3600  # seconds
 
@@ -912,9 +936,9 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS are in this order, as far as a script needs them. Arguments are one JSON
-# object, `a`; context keys and values follow as they are, for Lua would make {} of [] and round
-# integers.
+# What scripts share. KEYS begin in this order (`.. parked`: up to that one), but for TAKE and BEAT,
+# which are about no run. Arguments are one JSON object, `a`; context keys and values follow as they
+# are, because Lua would make {} of [] and round integers.
 RUN, PARKED, EVENTS = 0, 2, 5  # where in a run's keys these are
 SHARED = """
 local run, context, parked, ready, mine, events, root, parent, parents_parked = unpack(KEYS)
@@ -923,7 +947,7 @@ local call, a = redis.call, cjson.decode(ARGV[1])
 local function push(list, jobs)
   for _, job in ipairs(jobs) do call('LPUSH', list, job) end
 end
-local function note(texts)
+local function record(texts)
   if call('EXISTS', root) == 0 then return end  -- a child may outlive its root (I5)
   for _, text in ipairs(texts) do call('XADD', events, 'MAXLEN', '~', 10000, '*', 'event', text) end
 end
@@ -933,9 +957,9 @@ local function put_state(...)
 end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
-  call('EXPIRE', context, 30 * 86400)  -- for this may have made it
+  call('EXPIRE', context, 30 * 86400)  -- because this may have made it (I5)
 end
-local function live(days)  -- a child's events are its root's
+local function expire(days)  -- a child's events are its root's
   for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
   call('EXPIRE', events, (run == root and days or 30) * 86400)
 end
@@ -944,7 +968,7 @@ local function is_active(run, job)  -- its token is still there, and the run is 
   local found = call('HMGET', run, 'status', 'tokens')
   return found[1] == 'running' and cjson.decode(found[2])[node] == token
 end
--- What a job waits for is noted once, and before any child that will give it is there: whoever
+-- What a job waits for is written once, and before any child that will give it is there: whoever
 -- cancels the run must find the children. `left` says how many are to come before the job has
 -- something to read: all of them, or one failure, which therefore counts as much as all.
 local function expect(parked, job)
@@ -954,7 +978,7 @@ local function expect(parked, job)
   end
   return tonumber(call('HGET', parked, job .. ' count'))
 end
--- A child's end, or a person's answer, is noted once, and queues the job if it is parked and has
+-- A child's end, or a person's answer, is written once, and queues the job if it is parked and has
 -- something to read.
 local function tell(run, parked, job, index, status)
   if call('HEXISTS', parked, job) == 0 then return 0 end  -- nobody waits for it any more
@@ -970,9 +994,9 @@ local function tell(run, parked, job, index, status)
 end
 local function finish()
   call('HSET', run, 'status', a.status, 'version', a.version, 'error', a.error)
-  note({a.event})
+  record({a.event})
   if a.parent ~= '' then tell(parent, parents_parked, a.parent, a.index, a.status) end
-  if a.status ~= 'failed' then live(7) end
+  if a.status ~= 'failed' then expire(7) end
 end
 """
 
@@ -991,7 +1015,7 @@ class Script:
 
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active,
-# and has not been told of it. How many children a job has, is settled by the first one.
+# and has not been told of it (I1). How many children a job has, is settled by the first one.
 #   KEYS  .. parents_parked, graph, runs
 #   a     run version origin tokens visits steps jobs event parent, graph or index count
 START = Script("""
@@ -1005,7 +1029,7 @@ local now = call('TIME')[1]
 put_state('status', 'running', 'origin', a.origin, 'created', now)
 put_context()
 push(ready, a.jobs)
-note({a.event})
+record({a.event})
 call('EXPIRE', run, 30 * 86400)
 if a.parent == '' then
   call('EXPIRE', events, 30 * 86400)
@@ -1015,7 +1039,7 @@ end
 return 1
 """)
 
-# TAKE moves up to so many jobs at once, as BLMOVE moves the first.
+# TAKE moves up to so many jobs at once, as BLMOVE moves the first (I2).
 #   KEYS  ready, mine
 #   a     room
 #   gives the jobs
@@ -1047,7 +1071,7 @@ return {found, call('HGETALL', context), tonumber(crashes), told}
 # the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
 # whoever commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
 #   KEYS  .. parents_parked, copy
-#   a     seen version done tokens visits steps usage log keep queue,
+#   a     seen version done tokens visits steps usage events keep queue,
 #         status error event parent index told
 #   gives the status, or as CLAIM does what stands there instead
 COMMIT = Script("""
@@ -1059,7 +1083,7 @@ end
 for _, job in ipairs(a.done) do call('LREM', mine, 0, job) end
 put_context()
 put_state()
-note(a.log)
+record(a.events)
 if found[2] == 'running' then
   push(mine, a.keep)
   push(ready, a.queue)
@@ -1085,7 +1109,7 @@ END = Script("""
 if a.job and call('LREM', mine, 0, a.job) == 0 then return end
 local status = call('HGET', run, 'status')
 if status == 'failed' and a.job then
-  note({a.event})
+  record({a.event})
 elseif status == 'failed' or status == 'running' and (not a.job or is_active(run, a.job)) then
   finish()
 end
@@ -1093,14 +1117,14 @@ return status
 """)
 
 # PARK ends the custody of a job until there is something for it to read; if there is already, the
-# job is queued.
+# job is queued (I2: out of one place and into another).
 #   KEYS  .. events
 #   a     job version count question event
 PARK = Script("""
 if call('LREM', mine, 0, a.job) == 0 or not is_active(run, a.job) then return end
 expect(parked, a.job)
 call('HSET', run, 'version', a.version)
-note({a.event})
+record({a.event})
 if tonumber(call('HGET', parked, a.job .. ' left')) <= 0 then
   push(ready, {a.job})
 else
@@ -1108,8 +1132,8 @@ else
 end
 """)
 
-# GIVE_BACK puts a job back to where it is taken next, or drops it if nothing is left to do: a
-# worker's own, or that of a worker that is `dead`, if it still is.
+# GIVE_BACK moves a job from a worker's list to where it is taken next (I2); with `drop` only if its
+# token is still active, with `dead` only while the worker's heartbeat is missing. `crashed` counts.
 #   KEYS  .. mine, heartbeat
 #   a     job crashed dead drop
 #   gives 1 if it was in custody
@@ -1130,8 +1154,9 @@ redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
 redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
-# RESUME queues each active token of a failed run anew, its crashes forgotten. A child takes back
-# what it told its parent, which then waits for it again.
+# RESUME queues each active token of a failed run anew, its crashes forgotten; if a worker still has
+# the job, the token decides whose commit counts (I1). A child takes back what it told its parent,
+# which then waits for it again.
 #   KEYS  .. parents_parked
 #   a     run version event parent index
 #   gives the status that it found
@@ -1155,8 +1180,8 @@ for node, mark in pairs(cjson.decode(found[2])) do
     push(ready, {job})
   end
 end
-note({a.event})
-live(30)
+record({a.event})
+expire(30)
 return found[1]
 """)
 
@@ -1167,18 +1192,18 @@ return found[1]
 ANSWER = Script("""
 if not is_active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
 if tell(run, parked, a.job, 0, 'completed') == 0 then return 0 end
-note({a.event})
+record({a.event})
 return 1
 """)
 
-# KEEP refreshes the TTLs of a running run; one that has just ended keeps its shorter ones.
+# KEEP refreshes the TTLs of a running run (I5); one that has just ended keeps its shorter ones.
 #   KEYS  .. parents_parked, graph
 #   a     days
 #   gives the run's status
 KEEP = Script("""
 local status = call('HGET', run, 'status')
 if status == 'running' then
-  live(a.days)
+  expire(a.days)
   call('EXPIRE', KEYS[10], a.days * 86400)
 end
 return status
@@ -1208,7 +1233,8 @@ def transient(error: BaseException) -> bool:
 
 
 def connect(url: str) -> redis.asyncio.Redis:
-    """A client that never sends a command again by itself: with BLMOVE that would lose a job."""
+    """A client that never sends a command again by itself: a BLMOVE whose reply was lost has moved
+    a job, and the next one would move another."""
     never = Retry(NoBackoff(), 0)
     return redis.asyncio.Redis.from_url(
         url, decode_responses=True, retry=never, socket_timeout=3, socket_connect_timeout=3
@@ -1216,15 +1242,15 @@ def connect(url: str) -> redis.asyncio.Redis:
 
 
 class Link:
-    """A way to Redis on which what is ready together travels together. All that is sent here may
-    be sent twice without harm; so an outage only delays it, and is said once."""
+    """A connection on which commands that are given in one turn of the event loop travel together.
+    After an outage, which is logged once, they are sent again; so each must do no harm twice."""
 
     def __init__(self, url: str) -> None:
         self.client = connect(url)
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
-        self._connection.socket_timeout = None  # there is one for all replies, in ask
-        self.back_since = time.monotonic()
+        self._connection.socket_timeout = None  # there is one for a whole batch, in ask
+        self.back_since = time.monotonic()  # after the last outage
         self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._flushing: asyncio.Task[None] | None = None
@@ -1329,7 +1355,7 @@ class RedisExecutor:
         digest, graph = flow.registry.bundle(flow.id)
         id = new_id()
         run = RedisRun(self, id, Origin(flow.id, digest, id, dry_run))
-        await run.start(flow, flow.begin(inputs), graph=graph)
+        await run.start(flow, flow.new_context(inputs), graph=graph)
         return run
 
     async def find(self, id: str) -> RedisRun | None:
@@ -1351,7 +1377,7 @@ class RedisRun(Run):
     def change(
         self, script: Script, *keys: str, values: Mapping[str, str] = {}, **a: Any
     ) -> asyncio.Future[Any]:
-        """Have a script change the run, which then has a new version."""
+        """Have a script change the run; where it does, the run has a new version."""
         parent, index = self.origin.parent, self.origin.index
         a = {"run": self.id, "version": new_id(), "parent": parent, "index": index} | a
         return self.executor.send(*script.on([*self.keys, *keys], values, **a))
@@ -1391,7 +1417,7 @@ class RedisRun(Run):
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
         """What has happened, from the start; to follow it, also what happens until the end."""
         last, send = "-", self.executor.send
-        while True:
+        while True:  # the status first: what is recorded after it, may be missed
             status = await send("HGET", self.keys[RUN], "status")
             found = await send("XRANGE", self.keys[EVENTS], last, "+", "COUNT", 1000)
             for id, fields in found:
@@ -1413,8 +1439,9 @@ class RedisRun(Run):
         return found
 
     async def cancel(self) -> None:
-        """End the run and its children for good, their nodes within about a second; it may be
-        said again, should this process die meanwhile. RunError where the run has ended."""
+        """End the run and its children for good, their nodes within about a second. Should this
+        process die meanwhile, say it again: the children are looked for each time. RunError if the
+        run is completed or cancelled already."""
         found = await self._cancel("by request")
         if found not in (RUNNING, FAILED):
             raise RunError(f"run {self.id} is {found} already")
@@ -1426,8 +1453,9 @@ class RedisRun(Run):
         return str(found)
 
     async def resume(self, inputs: Mapping[str, Any] = {}) -> None:
-        """Go on from exactly where the run, and children of it, failed, with these inputs over its
-        context. RunError where it has not failed."""
+        """Go on from exactly where the run, and children that it waits for, failed, with these
+        inputs over its context; a map goes on with the list that it began with. RunError if the
+        run has not failed."""
         ctx = Context({})
         for name, value in inputs.items():
             ctx[name] = value
@@ -1442,7 +1470,8 @@ class RedisRun(Run):
             raise RunError(f"run {self.id} is {status}; only a failed run can be resumed")
 
     async def answer(self, node: str, value: Any) -> None:
-        """Answer what a node asks; RunError where it asks nothing. The first answer wins."""
+        """Answer what a node asks. The first answer wins. RunError if it asks nothing, ValueError
+        if the answer is not JSON."""
         job = f"{self.id}/{node}/{(await self.status()).tokens.get(node)}"
         told, event = to_json([COMPLETED, value], "the answer"), self.event("answered", node=node)
         if not await self.change(ANSWER, job=job, told=told, event=event):
@@ -1458,8 +1487,8 @@ class RedisRun(Run):
 
 # ── 8. Redis: the worker ─────────────────────────────────────────────────────────────────────
 # Takes jobs, runs them and commits what came of them; and once a second shows that it lives, and
-# looks for jobs that somebody lost. Nothing is ever cancelled but a node's own work, which does
-# not talk to Redis: safety comes from the processing list, not from `finally`.
+# looks for jobs that somebody lost (I3). Only a node's own work is ever cancelled, which does not
+# talk to Redis: safety comes from the processing list, not from `finally`.
 
 CRASHES = 5  # how often a job may be with a worker that dies before its run fails
 
@@ -1482,8 +1511,8 @@ class View(RedisRun):
     def decide(
         self, ended: Mapping[str, Outcome], version: str
     ) -> tuple[State, list[str], list[str], dict[str, str]]:
-        """What jobs that have ended lead to: the state, jobs and events; and the jobs that cannot
-        be committed, with the reason for which the run fails, or none if somebody else had it."""
+        """What jobs that have ended lead to: the state, jobs and events; and which cannot be
+        committed, with the reason why the run fails, or '' for one that is merely out of date."""
         state, ready, events = self.state, list[str](), list[str]()
         refused = dict[str, str]()
         for job, outcome in ended.items():
@@ -1501,7 +1530,8 @@ class View(RedisRun):
             except RunError as error:
                 refused[job] = str(error)
         if self.phase == FAILED and not state.tokens:
-            refused = dict.fromkeys(ended, "")  # else a resume would find nothing to go on from
+            refused = dict.fromkeys(ended, "")  # even the node that failed it has ended elsewhere:
+            # a resume shall find it, and go on from there
         return state, ready, events, refused
 
 
@@ -1512,7 +1542,7 @@ class Held:
     view: View | None = None  # once it is claimed
     results: list[Any] | None = None  # what came of what it was parked for,
     failure: str = ""  # or went wrong there
-    begun: bool = False
+    started: bool = False
     executing: asyncio.Task[None] | None = None  # may be cancelled
     since: float = field(default_factory=time.monotonic)
 
@@ -1540,12 +1570,12 @@ class Worker:
         self.concurrency, self.grace, self.lease, self.beat = concurrency, grace, lease, beat
         self.stopping = self._leaving = False
         self.held: dict[str, Held] = {}  # by job
-        self.counts = Counter(dict.fromkeys(("done", "refused", "audited", "taken", "reaped"), 0))
+        self.counts = Counter(dict.fromkeys(("done", "refused", "audited", "lost", "reaped"), 0))
         self._views = WeakValueDictionary[str, View]()  # by run, while a job of it is held
         self._registries: dict[str, Registry] = {}  # by graph
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
-        self._alone = ""  # a job that has crashed, and waits until no other is held, or runs
+        self._suspect = ""  # a job that has crashed, and waits until no other is held, or runs
         self._odd: set[str] = set()  # jobs listed but not held, or held but not listed, last time
         self._kept_alive = 0.0  # when the TTLs of runs were last refreshed
 
@@ -1579,11 +1609,11 @@ class Worker:
             await self._give_back(job)
         await self.send("DEL", self.key("worker", self.id))
 
-    # A job's way: taken, claimed, executed, and committed, parked, failed or given back. It is
-    # forgotten here before its custody ends in Redis: from then on it may come back at once.
+    # A job's way: taken, claimed, executed, and committed, parked, failed or given back. Unless it
+    # is committed, it may come back at once: so it is forgotten before its custody ends in Redis.
 
     def _room(self) -> int:
-        return 0 if self._alone else self.concurrency - len(self.held)
+        return 0 if self._suspect else self.concurrency - len(self.held)
 
     async def _take(self) -> None:
         """Take as many jobs as there is room for; return after a second without one."""
@@ -1592,7 +1622,7 @@ class Worker:
             first: Any = await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT")
             if first:
                 await self._receive([first])
-                await asyncio.sleep(0)  # that one is claimed first, and in the same exchange
+                await asyncio.sleep(0)  # lets CLAIM be sent first, in one batch with TAKE
                 if (room := self._room()) > 0 and not self.stopping:
                     more = self.send(*TAKE.on(ends, room=room))
                     await self._receive(await asyncio.wait_for(more, 3))
@@ -1606,9 +1636,9 @@ class Worker:
             if self.stopping:
                 await self._give_back(job)
             elif job not in self.held:  # else a resume queued it again
-                self._begin(job)
+                self._hold(job)
 
-    def _begin(self, job: str, view: View | None = None) -> None:
+    def _hold(self, job: str, view: View | None = None) -> None:
         held = self.held[job] = Held(view)
         self._go(self._work(job, held))
 
@@ -1669,12 +1699,12 @@ class Worker:
             text = f'node "{node}": {crashes} workers died while they ran it'
             await self._fail(view, job, text)
             return None
-        if crashes > 1 and not self._alone:  # lest it take other jobs down with it once more
-            self._alone = job
-        if self._alone not in ("", job):
+        if crashes > 1 and not self._suspect:  # lest it take other jobs down with it once more
+            self._suspect = job
+        if self._suspect not in ("", job):
             await self._give_back(job)
             return None
-        while self._alone == job and len(self.held) > 1:
+        while self._suspect == job and len(self.held) > 1:
             await asyncio.sleep(0.05)
         held.read(told)
         return view if self.held.get(job) is held else None
@@ -1692,15 +1722,15 @@ class Worker:
         visit, origin = view.state.visits.get(node.id, 1), view.origin
         ctx = Context(view.context, job, visit, origin.dry_run, origin.depth, held.results)
 
-        def tell(event: str, **more: Any) -> None:  # and nobody waits for it
+        def record(event: str, **more: Any) -> None:  # and nobody waits for it
             text = view.event(event, node=node.id, **more)
             self.send(
                 "XADD", view.keys[EVENTS], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text
             )
 
-        held.begun, held.executing = True, asyncio.current_task()
+        held.started, held.executing = True, asyncio.current_task()
         try:
-            return await execute(node, ctx, held.failure, tell)
+            return await execute(node, ctx, held.failure, record)
         finally:
             held.executing = None
 
@@ -1717,8 +1747,9 @@ class Worker:
                 continue  # without them
             changes = {key: text for out in ended.values() for key, text in out.changes.items()}
             context, steps = view.context | changes, view.steps + len(ended)
-            room = 0 if self.stopping or self._alone else max(0, self._room() + len(ended))
-            a: dict[str, Any] = {"seen": seen, "version": version, "steps": steps, "log": events}
+            room = max(0, self._room() + len(ended))  # with the slots that these jobs leave
+            room = 0 if self.stopping or self._suspect else room
+            a: dict[str, Any] = {"seen": seen, "version": version, "steps": steps, "events": events}
             a |= {"tokens": state.tokens, "visits": state.visits}
             a |= {"done": [*ended], "keep": ready[:room], "queue": ready[room:]}
             a["usage"] = [out.usage for out in ended.values() if out.usage]
@@ -1729,7 +1760,7 @@ class Worker:
                 view.version, view.state, view.context, view.steps = version, state, context, steps
                 self.counts["done"] += len(ended)
                 for job in ready[:room] if reply[0] == RUNNING else ():
-                    self._begin(job, view)
+                    self._hold(job, view)
                 for job, outcome in ended.items():
                     log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
                     self._forget(job)
@@ -1744,7 +1775,7 @@ class Worker:
         """Start the children and free the slot, until they have ended or a person has answered."""
         origin = replace(view.origin, parent=job, depth=view.origin.depth + 1)
         count, starts = len(park.children) or 1, list[asyncio.Future[Any]]()
-        for i, (child, values) in enumerate(zip(park.children, park.begun, strict=True)):
+        for i, (child, values) in enumerate(zip(park.children, park.contexts, strict=True)):
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
             run = RedisRun(self.executor, child_id(job, i), theirs)
             starts.append(run.start(view.flow.registry[child.flow], values, count=count))
@@ -1767,7 +1798,7 @@ class Worker:
         begun and must not begin twice."""
         run, node, _ = job.split("/")
         held = self._forget(job)
-        if held.begun and held.view and not held.view.flow.nodes[node].retries:
+        if held.started and held.view and not held.view.flow.nodes[node].retries:
             crashed = True
         keys = self.executor.keys(run)
         await self.send(*GIVE_BACK.on(keys, job=job, crashed=crashed, drop=drop))
@@ -1777,7 +1808,7 @@ class Worker:
         held = self.held.pop(job, Held())
         if held.executing:
             held.executing.cancel()
-        self._alone = "" if job == self._alone else self._alone
+        self._suspect = "" if job == self._suspect else self._suspect
         self._freed.set()
         return held
 
@@ -1799,7 +1830,7 @@ class Worker:
         await self._beat()
         await self._audit()
         await self._watch()
-        if time.monotonic() - self.executor.link.back_since > self.lease:
+        if time.monotonic() - self.executor.link.back_since > self.lease:  # all may beat again
             await self._reap()
         if time.monotonic() > self._kept_alive + 3600:
             self._kept_alive = time.monotonic()
@@ -1814,11 +1845,11 @@ class Worker:
 
     async def _audit(self) -> None:
         """Compare what this worker holds with its list, and let go of what is in only one of them
-        twice running: in the list, for a reply was lost, or here, for it was thought dead."""
+        two times in a row: in the list, as a reply was lost, or here, as we seemed dead (I3)."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
         odd = {*listed} ^ self.held.keys()
         for job in odd & self._odd:
-            what = "audited" if job in listed else "taken"
+            what = "audited" if job in listed else "lost"
             why = "we did not know that we have it" if job in listed else "it was taken from us"
             log.warning("letting go of %s: %s", job, why)
             self.counts[what] += 1
@@ -1835,7 +1866,7 @@ class Worker:
                     await self._give_back(job, drop=True)
 
     async def _reap(self) -> None:
-        """Give back what dead workers had taken. A worker is remembered for a day, as what it had
+        """Give back what dead workers had taken (I3). A worker is remembered for a day: what it had
         asked for may still come into its list."""
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
         old = await self.send("ZRANGEBYSCORE", crew, "-inf", now - DAY)

@@ -149,7 +149,7 @@ async def start(args: argparse.Namespace) -> None:
     known = set(flow.inputs).union(*(node.reads() for node in flow.nodes.values()))
     for key in sorted(inputs.keys() - known):
         say(f'--input {key}: no node of "{flow.id}" reads it; {nearest(key, known)}')
-    flow.begin(inputs)  # so that what is wrong with them is found before Redis is asked
+    flow.new_context(inputs)  # so that what is wrong with them is found before Redis is asked
     run = await flow.run(inputs, None if args.local else await reach(args.redis), args.dry_run)
     if not args.local:
         say(f"queued; to follow it, type: python client.py --run {run.id} --wait{args.at}")

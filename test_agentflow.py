@@ -527,7 +527,7 @@ class OneByOne:
     """An executor of one's own: runs one node at a time, and gives a run when that has ended."""
 
     async def run(self, flow, inputs, dry_run=False, depth=0):
-        run, values, (state, ready), error = Ended(), flow.begin(inputs), flow.first("x"), ""
+        run, values, (state, ready), error = Ended(), flow.new_context(inputs), flow.first("x"), ""
         try:
             for id in ready:  # which grows
                 ctx = Context(values, run.id, state.visits.get(id, 1), dry_run, depth)
@@ -779,7 +779,7 @@ class Hand:
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
         a = {"seen": view.version, "version": version, "steps": view.steps + 1, "usage": []}
         a |= {"tokens": state.tokens, "visits": state.visits}
-        a |= {"log": [view.event("done", **outcome.event(node, view.state.visits))]}
+        a |= {"events": [view.event("done", **outcome.event(node, view.state.visits))]}
         a |= {"done": [job], "keep": [], "queue": [f"{view.id}/{n}/{version}" for n in ready]}
         return a | {"values": outcome.changes}
 
@@ -2192,7 +2192,7 @@ async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate)
     space.redis.hset(space.key("run", runs[1].id), f"crashes {job}", 2)
 
     worker = space.worker()
-    await wait_until(lambda: worker._alone == job and gate.begun("a"))
+    await wait_until(lambda: worker._suspect == job and gate.begun("a"))
 
     assert not gate.begun("b")
     gate.open("a")
@@ -2320,7 +2320,7 @@ async def test_a_worker_whose_job_was_taken_away_stops_its_node(space: Space, ga
     taker = space.worker()  # and so the job is moved as a reaper does it
     space.redis.lrem(woken.processing, 1, job)
     space.redis.rpush(space.key("ready"), job)
-    await wait_until(lambda: woken.counts["taken"] == 1)
+    await wait_until(lambda: woken.counts["lost"] == 1)
 
     assert job in taker.held and job not in woken.held
     await opened(gate, run, gated)
@@ -2566,7 +2566,7 @@ async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Sp
     job, theirs = hand.take("s"), parent.registry["child"]
     origin = {**vars(run.origin), "flow": "child", "parent": job, "depth": 1}
     child = RedisRun(hand.view.executor, child_id(job, 0), type(run.origin)(**origin))
-    await child.start(theirs, theirs.begin({}), count=1)
+    await child.start(theirs, theirs.new_context({}), count=1)
     space.worker()
     await wait_until(lambda: is_status(child, COMPLETED))
 
