@@ -606,6 +606,14 @@ class Flow:
         """The flows that its nodes may run as children."""
         return {flow for node in self.nodes.values() for flow in node.runs()}
 
+    @cached_property
+    def bundle(self) -> tuple[str, str]:
+        """What a run carries: the JSON of its graph and its sub-flows', after its SHA-256."""
+        for id in (wanted := [self.id]):  # which grows meanwhile
+            wanted += [child for child in self.registry[id].children() if child not in wanted]
+        text = encode({id: self.registry[id].graph for id in sorted(wanted)})
+        return hashlib.sha256(text.encode()).hexdigest(), text
+
 
 # ── 4. Registry ──────────────────────────────────────────────────────────────────────────────
 # Which node types there are, and which graphs. What may stand in a graph file, and that no two
@@ -641,7 +649,6 @@ class Registry(Mapping[str, Flow]):
     def __init__(self, graphs: Mapping[str, Any], folder: str = "") -> None:
         self.graphs, self.folder = graphs, folder
         self._flows: dict[str, Flow] = {}
-        self._bundles: dict[str, tuple[str, str]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.graphs)
@@ -658,15 +665,6 @@ class Registry(Mapping[str, Flow]):
                 raise GraphError("\n".join(findings))
             self._flows[id] = Flow(id, self.graphs[id], self)
         return self._flows[id]
-
-    def bundle(self, id: str) -> tuple[str, str]:
-        """What a run carries: the JSON of a flow's graph and its sub-flows', after its SHA-256."""
-        if id not in self._bundles:
-            for flow_id in (wanted := [id]):  # which grows meanwhile
-                wanted += [child for child in self[flow_id].children() if child not in wanted]
-            text = encode({flow_id: self.graphs[flow_id] for flow_id in sorted(wanted)})
-            self._bundles[id] = hashlib.sha256(text.encode()).hexdigest(), text
-        return self._bundles[id]
 
 
 # ── 5. In memory ─────────────────────────────────────────────────────────────────────────────
@@ -1352,7 +1350,7 @@ class RedisExecutor:
 
     async def run(self, flow: Flow, inputs: Mapping[str, Any], dry_run: bool = False) -> RedisRun:
         """Queue the start nodes of a new run. RunError where an input is missing or not JSON."""
-        digest, graph = flow.registry.bundle(flow.id)
+        digest, graph = flow.bundle
         id = new_id()
         run = RedisRun(self, id, Origin(flow.id, digest, id, dry_run))
         await run.start(flow, flow.new_context(inputs), graph=graph)
