@@ -62,7 +62,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -124,24 +123,6 @@ def to_json(value: Any, what: str) -> str:
 def plain(text: str) -> str:
     """The text, lone surrogates escaped: they are no Unicode, and Redis' JSON refuses them."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def parse_json(text: str) -> Any:
-    """Strict JSON: ValueError also for NaN, for a key that stands twice, for deep nesting."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {max(keys, key=keys.count)!r:.80} stands twice in an object")
-        return found
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 @dataclass
@@ -632,19 +613,6 @@ class Registry(Mapping[str, Flow]):
     def add(cls, name: str, node_type: type[Node]) -> None:
         """Let graphs use a node type by this name."""
         cls.types[name] = node_type
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Registry:
-        """The graphs in a folder; a file's stem is its flow's id. GraphError without a folder."""
-        if not Path(folder).is_dir():
-            raise GraphError(f"{folder}: $: is not a folder; name the one with the graphs")
-        graphs: dict[str, Any] = {}
-        for file in sorted(Path(folder).glob("*.json")):
-            try:
-                graphs[file.stem] = parse_json(file.read_text("utf-8"))
-            except (ValueError, OSError) as error:
-                graphs[file.stem] = error  # a finding for who asks for this flow
-        return cls(graphs, f"{folder}/")
 
     def __init__(self, graphs: Mapping[str, Any], folder: str = "") -> None:
         self.graphs, self.folder = graphs, folder

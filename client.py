@@ -29,8 +29,8 @@ from redis.exceptions import RedisError
 
 from agentflow import CANCELLED, COMPLETED, DEFAULT, FAILED, PARKED, RETURNED, RUN, RUNNING, WAITING
 from agentflow import Context, Event, Flow, GraphError, MemoryRun, RedisExecutor, RedisRun
-from agentflow import Registry, Run, RunError, pairs, parse_json
-from graphs.check import nearest
+from agentflow import Registry, Run, RunError, pairs
+from graphs.check import load, nearest, parse_json
 
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 FILLS = {"done": "#d5f5d5", "running": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
@@ -134,7 +134,7 @@ async def reach(url: str) -> RedisExecutor:
 
 async def start(args: argparse.Namespace) -> None:
     """Start a run of a use case, unless they are to be listed or one to be drawn."""
-    registry = Registry.load(args.graphs or Path(__file__).resolve().parent / "graphs")
+    registry = load(args.graphs or Path(__file__).resolve().parent / "graphs")
     if args.list:
         for id, graph in registry.graphs.items():
             about = graph.get("description", "") if isinstance(graph, dict) else graph

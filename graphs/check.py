@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from agentflow import (
@@ -20,12 +22,47 @@ from agentflow import (
     Field,
     Finding,
     Flow,
+    GraphError,
     Loop,
     Registry,
     encode,
 )
 
-# ── 1. Parts ─────────────────────────────────────────────────────────────────────────────────
+# ── 1. Files ─────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: ValueError also for NaN, for a key that stands twice, for deep nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r:.80} stands twice in an object")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def load(folder: str | Path) -> Registry:
+    """The graphs in a folder; a file's stem is its flow's id. GraphError without a folder."""
+    if not Path(folder).is_dir():
+        raise GraphError(f"{folder}: $: is not a folder; name the one with the graphs")
+    graphs: dict[str, Any] = {}
+    for file in sorted(Path(folder).glob("*.json")):
+        try:
+            graphs[file.stem] = parse_json(file.read_text("utf-8"))
+        except (ValueError, OSError) as error:
+            graphs[file.stem] = error  # a finding for who asks for this flow
+    return Registry(graphs, f"{folder}/")
+
+
+# ── 2. Parts ─────────────────────────────────────────────────────────────────────────────────
 
 
 def _texts(value: Any) -> bool:
@@ -115,7 +152,7 @@ def check_parts(graph: Any) -> Iterator[Finding]:
                 yield f"{place}.{end}", f'"{edge[end]}" is not a node; {nearest(edge[end], ids)}'
 
 
-# ── 2. Flows ─────────────────────────────────────────────────────────────────────────────────
+# ── 3. Flows ─────────────────────────────────────────────────────────────────────────────────
 
 
 def forks(flow: Flow, nodes: Iterable[str]) -> list[list[str]]:

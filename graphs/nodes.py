@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-import agentflow
 from agentflow import Child, Context, Field, Flow, Node, Park, Permanent, Registry
 from graphs import calls
-from graphs.check import KINDS, check_parts
+from graphs.check import KINDS, check_parts, parse_json
 
 # ── 1. Texts ─────────────────────────────────────────────────────────────────────────────────
 
@@ -46,7 +45,7 @@ def parse(text: str, kind: str) -> Any:
         lines = [BULLET.sub("", line).strip() for line in text.splitlines()]
         return [line for line in lines if line]
     try:
-        return agentflow.parse_json(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"the answer is not JSON ({error}): {text!r:.200}") from None
 

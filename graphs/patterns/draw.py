@@ -13,8 +13,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))  # as a script, it finds client.py from anywhere
 
 import graphs.nodes  # noqa: E402, F401
-from agentflow import Registry  # noqa: E402
 from client import mermaid  # noqa: E402
+from graphs.check import load  # noqa: E402
 
 BELOW = re.compile(  # a link to a graph, text, a drawing, and what runs
     r"(\]\(([^()]+)\.json\)(?:(?!```).)*?\n\n)```mermaid\n.*?\n```\n(?:\nRuns [^\n]*\n)?", re.DOTALL
@@ -23,7 +23,7 @@ BELOW = re.compile(  # a link to a graph, text, a drawing, and what runs
 
 def drawn(text: str) -> str:
     """The page with every drawing, and every line of what runs, made anew."""
-    flows = Registry.load(HERE)
+    flows = load(HERE)
 
     def below(match: re.Match[str]) -> str:
         flow = flows[match[2]]
