@@ -74,7 +74,6 @@ from redis.backoff import NoBackoff
 log = logging.getLogger("agentflow")
 
 MAX_VALUE = 1024 * 1024  # characters of one value's JSON text
-MAX_NODES = 2_000  # in a graph, and five times as many edges
 MAX_STEPS = 10_000  # activations in a run since it was started or resumed: a loop must end
 MAX_DEPTH = 16  # runs within runs
 PATIENCE = 600.0  # seconds for which an overloaded server is asked again
@@ -168,15 +167,6 @@ class Context:
 
 DEFAULT = "default"  # the action of a node that answers nothing else, and of a plain edge
 ERROR = "error"  # the action of a node that has failed for good, where an edge carries it
-Finding = tuple[str, str]  # a place in a graph file, and what is wrong there
-
-
-class Field(NamedTuple):
-    """A field in a graph file."""
-
-    kind: str  # what it must be: a key of KINDS in graphs/check.py
-    about: str = ""
-    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,7 +194,7 @@ class Node:
     """A step. Override `exec`, and `prep` and `post` where it reads or writes more than its
     inputs and its own id; then also say so in `reads` and `writes`."""
 
-    fields: ClassVar[dict[str, Field]] = {}  # what `data` may hold, beside inputs and example
+    fields: ClassVar[dict[str, Any]] = {}  # what `data` may hold: see graphs/check.py
     backoff: ClassVar[float] = 0.5  # seconds, about, before the first retry; then doubled, up to 60
 
     def __init__(self, flow: Flow, spec: Mapping[str, Any], actions: list[str]) -> None:
@@ -251,7 +241,7 @@ class Node:
         """The flows that it starts as children, and whether each is started in any case."""
         return {}
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[tuple[str, str]]:
         """What is wrong with its data beyond single fields, as (place, message)."""
         yield from ()
 

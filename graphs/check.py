@@ -12,21 +12,21 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from agentflow import (
-    DEFAULT,
-    ERROR,
-    MAX_NODES,
-    SAFE_ID,
-    Field,
-    Finding,
-    Flow,
-    GraphError,
-    Loop,
-    Registry,
-    encode,
-)
+from agentflow import DEFAULT, ERROR, SAFE_ID, Flow, GraphError, Loop, Registry, encode
+
+MAX_NODES = 2_000  # in a graph, and five times as many edges
+Finding = tuple[str, str]  # a place in a graph file, and what is wrong there
+
+
+class Field(NamedTuple):
+    """A field in a graph file."""
+
+    kind: str  # what it must be: a key of KINDS
+    about: str = ""
+    required: bool = False
+
 
 # ── 1. Files ─────────────────────────────────────────────────────────────────────────────────
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from agentflow import Child, Context, Field, Flow, Node, Park, Permanent, Registry
+from agentflow import Child, Context, Flow, Node, Park, Permanent, Registry
 from graphs import calls
-from graphs.check import KINDS, check_parts, parse_json
+from graphs.check import KINDS, Field, check_parts, parse_json
 
 # ── 1. Texts ─────────────────────────────────────────────────────────────────────────────────
 
