@@ -366,7 +366,6 @@ class Loop(NamedTuple):
     head: str
     members: set[str]
     body: set[str]  # the members and their side work: a notification, a log
-    entries: set[tuple[str, str]]  # edges into it elsewhere than at the head
 
 
 class Flow:
@@ -433,52 +432,40 @@ class Flow:
         self, tokens: dict[str, str], visits: dict[str, int], mark: str
     ) -> tuple[State, list[str]]:
         tokens = dict(tokens)
-        waiting = [node for node, old in tokens.items() if old in (WAITING, RETURNED)]
-        masks = self._masks(tokens)
-        ready = [node for node in waiting if not self._blockers(node, tokens[node], *masks)]
+        ready = [node for node, others in self.blockers(tokens).items() if not others]
         for node in ready:
             if tokens[node] == WAITING and node in self._body:  # a head, entered from outside
                 inside = self._body[node]
-                visits = {n: count for n, count in visits.items() if not self._bit[n] & inside}
+                visits = {n: count for n, count in visits.items() if not self.bit[n] & inside}
             if self._heads[node]:
                 visits = {**visits, node: visits.get(node, 0) + 1}
             tokens[node] = mark
         return State(tokens, visits), ready
 
-    def _masks(self, tokens: Mapping[str, str]) -> tuple[int, int]:
-        busy = returned = 0
+    def blockers(self, tokens: Mapping[str, str]) -> dict[str, int]:
+        """For each node where a token waits, the mask of those whose tokens it waits for: each that
+        is upstream of it, and for one that has come back to the head of a loop, also each in the
+        loop's body. That one stands for the next round, so nothing in the body waits for it; what
+        is behind the loop does."""
+        returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
+        busy = self._mask(tokens) ^ returned
+        found: dict[str, int] = {}
         for node, mark in tokens.items():
-            if mark == RETURNED:
-                returned |= self._bit[node]
-            else:
-                busy |= self._bit[node]
-        return busy, returned
-
-    def _blockers(self, node: str, mark: str, busy: int, returned: int) -> int:
-        """What a token waits for: each token upstream of it, and one that has come back to the head
-        of a loop also for each in the loop's body. That one stands for the next round, so nothing
-        in the body waits for it; what is behind the loop does."""
-        own_loop = self._body[node] if mark == RETURNED else 0
-        counted = busy | (returned & ~self._heads[node])
-        return counted & (self._upstream[node] | own_loop)
-
-    def blockers(self, tokens: Mapping[str, str], node: str) -> list[str]:
-        """The nodes whose tokens a waiting node waits for."""
-        return self.members(self._blockers(node, tokens[node], *self._masks(tokens)))
-
-    def is_upstream(self, node: str, other: str) -> bool:
-        """Whether a token at the one node keeps one that waits at the other from running."""
-        return bool(self._bit[node] & self._upstream[other])
+            if mark in (WAITING, RETURNED):
+                own_loop = self._body[node] if mark == RETURNED else 0
+                counted = busy | (returned & ~self._heads[node])
+                found[node] = counted & (self.upstream[node] | own_loop)
+        return found
 
     # What the rule reads, found once, when the flow is built.
 
     def _analyse(self) -> None:
-        self._bit = {node: 1 << i for i, node in enumerate(self.nodes)}
+        self.bit = {node: 1 << i for i, node in enumerate(self.nodes)}
         edges = [(node, target) for node in self.nodes for target in self.leads_to(node)]
         self.ancestors = self._ancestors_along(edges)
         self.starts = [
             node
-            for node, bit in self._bit.items()
+            for node, bit in self.bit.items()
             if not self.ancestors[node]
             & (bit - 1)  # nothing before it in the file leads to it, and
             and all(
@@ -503,11 +490,11 @@ class Flow:
             for node in self.nodes
         }
         # Upstream of a node: what leads to it without an edge back to the head of a loop it is in.
-        self._upstream: dict[str, int] = {}
+        self.upstream: dict[str, int] = {}
         for heads in set(self._heads.values()):
-            kept = [e for e in edges if e not in self._back or not heads & self._bit[e[1]]]
+            kept = [e for e in edges if e not in self._back or not heads & self.bit[e[1]]]
             upstream = self._ancestors_along(kept)
-            self._upstream |= {n: upstream[n] for n in self.nodes if self._heads[n] == heads}
+            self.upstream |= {n: upstream[n] for n in self.nodes if self._heads[n] == heads}
 
     def leads_to(self, node: str) -> list[str]:
         """The targets of a node's edges, each once."""
@@ -515,10 +502,10 @@ class Flow:
 
     def members(self, mask: int) -> list[str]:
         """The nodes of a bit mask, in file order."""
-        return [node for node, bit in self._bit.items() if mask & bit]
+        return [node for node, bit in self.bit.items() if mask & bit]
 
     def _mask(self, nodes: Iterable[str]) -> int:
-        return sum(self._bit[node] for node in nodes)
+        return sum(self.bit[node] for node in nodes)
 
     def _ancestors_along(self, edges: list[tuple[str, str]]) -> dict[str, int]:
         """For each node the mask of those from which these edges lead to it."""
@@ -527,7 +514,7 @@ class Flow:
         while upstream != before:
             before = dict(upstream)
             for source, target in edges:
-                upstream[target] |= upstream[source] | self._bit[source]
+                upstream[target] |= upstream[source] | self.bit[source]
         return upstream
 
     def _outermost(self, order: Iterable[str], edges: list[tuple[str, str]]) -> Iterator[Loop]:
@@ -535,13 +522,12 @@ class Flow:
         ancestors = self._ancestors_along(edges)
         seen: set[str] = set()
         for head in order:
-            if head not in seen and ancestors[head] & self._bit[head]:
+            if head not in seen and ancestors[head] & self.bit[head]:
                 members = {
-                    n for n in self.members(ancestors[head]) if ancestors[n] & self._bit[head]
+                    n for n in self.members(ancestors[head]) if ancestors[n] & self.bit[head]
                 }
                 seen |= members
-                entries = {(s, t) for s, t in edges if s not in members and t in members - {head}}
-                yield Loop(head, members, members | self._side_work(head, members), entries)
+                yield Loop(head, members, members | self._side_work(head, members))
 
     def _side_work(self, head: str, members: set[str]) -> set[str]:
         """Nodes that a loop starts beside itself: each edge to them comes from one of them, or from

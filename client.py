@@ -285,8 +285,9 @@ async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) ->
         event = last.get((run.id, node), {})
         if (until := event.get("at", 0) + event.get("delay", 0)) > time.time():
             where[node] += f", backs off until {time.ctime(until)[11:19]} after {event['error']}"
+    masks = flow.blockers(tokens)
     for node in tokens.keys() - jobs:
-        others = [f"{other}, which {where[other]}" for other in flow.blockers(tokens, node)]
+        others = [f"{other}, which {where[other]}" for other in flow.members(masks[node])]
         where[node] = "waits for " + "; and for ".join(others)
     lines = [f"{indent}run {run.id} of {flow.id} is {status} {hash.get('error', '')}"]
     lines += [f"{indent}  {node} {why}" for node, why in where.items()]

@@ -197,7 +197,7 @@ def chooses(flow: Flow, node: str, ends: set[str]) -> bool:
 def may_overlap(flow: Flow, one: str, other: str) -> bool:
     """Whether two nodes may be active at the same time: neither is upstream of the other, and no
     node chooses between them."""
-    if flow.is_upstream(one, other) or flow.is_upstream(other, one):
+    if flow.bit[one] & flow.upstream[other] or flow.bit[other] & flow.upstream[one]:
         return False
     choices = [node for node in flow.nodes if len(flow.targets[node]) > 1]
     return not any(chooses(flow, node, {one, other}) for node in choices)
@@ -227,7 +227,8 @@ def check_loops(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
             yield places[loop.head], f'the loop of "{loop.head}" has no way out; give it one'
         for i, edge in enumerate(flow.graph.get("edges", [])):
             ends = (str(edge["source"]), str(edge["target"]))
-            if ends in loop.entries and not one_token_in(flow, loop):
+            enters = ends[0] not in loop.members and ends[1] in loop.members - {loop.head}
+            if enters and not one_token_in(flow, loop):
                 where = f'the loop of "{loop.head}" elsewhere than at its head'
                 mend = f'let it lead to a node of its own instead of "{ends[1]}"'
                 yield f"$.edges[{i}]", f'"{ends[0]}" leads into {where}; {mend}'
