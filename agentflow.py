@@ -1157,21 +1157,19 @@ SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)
 # ── 7. Redis: starting and steering runs ─────────────────────────────────────────────────────
 # What a client does. A run carries its graph, so a worker needs node types, but no graph files.
 
-PASSING = (
-    *(exceptions.ConnectionError, exceptions.TimeoutError, exceptions.OutOfMemoryError, OSError),
-    *(exceptions.ReadOnlyError, exceptions.NoScriptError, exceptions.ClusterDownError),
-    exceptions.TryAgainError,
-)
-PASSING_CODES = re.compile(  # that redis-py has no class for, or that come from inside a script
-    r"(^|-)(OOM|READONLY|LOADING|BUSY|MASTERDOWN|UNBLOCKED|TRYAGAIN|NOREPLICAS|MISCONF)"
+PASSING = re.compile(  # the codes of errors that pass; those from inside a script follow a dash
+    r"(^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|NOSCRIPT|OOM|READONLY|TRYAGAIN"
+    r"|UNBLOCKED)"
 )
 
 
 def transient(error: BaseException) -> bool:
     """Whether Redis may well answer when it is asked again."""
+    if isinstance(error, exceptions.ResponseError):
+        return PASSING.search(f"{error.status_code or ''} {error}".strip()) is not None
     if isinstance(error, exceptions.AuthenticationError):
         return False  # although redis-py calls a wrong password a connection error
-    return isinstance(error, PASSING) or PASSING_CODES.search(str(error)) is not None
+    return isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError, OSError))
 
 
 def connect(url: str) -> redis.asyncio.Redis:
