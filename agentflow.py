@@ -169,7 +169,7 @@ DEFAULT = "default"  # the action of a node that answers nothing else, and of a 
 ERROR = "error"  # the action of a node that has failed for good, where an edge carries it
 
 
-@dataclass(frozen=True)
+@dataclass
 class Child:
     """A run to start for a node. What it gives is its `final_output` (or whole context), or an
     object of the keys in `gives`."""
@@ -177,6 +177,7 @@ class Child:
     flow: str
     inputs: dict[str, Any]
     gives: list[str] | None = None
+    values: dict[str, str] = field(default_factory=dict)  # its context; made by execute
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,6 @@ class Park:
 
     children: list[Child] = field(default_factory=list)
     question: str = ""
-    contexts: list[dict[str, str]] = field(default_factory=list)  # the children's, by execute
 
 
 class Node:
@@ -290,9 +290,9 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
                 raise Permanent("it parks neither for children nor for a question, or for both")
             if prepared.children and ctx.depth >= MAX_DEPTH:
                 raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
-            flows, question = node.flow.registry, plain(prepared.question)
-            contexts = [flows[child.flow].new_context(child.inputs) for child in prepared.children]
-            return replace(prepared, question=question, contexts=contexts)
+            for child in prepared.children:
+                child.values = node.flow.registry[child.flow].new_context(child.inputs)
+            return replace(prepared, question=plain(prepared.question))
         result = await _attempts(node, ctx, prepared, record)
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action != DEFAULT and action not in node.actions:
@@ -791,19 +791,18 @@ class MemoryRun(Run):
             answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             self.root.questions[f"{self.id}/{node}"] = answer
             return [await answer]
-        runs: list[MemoryRun] = []
-        for i, (child, values) in enumerate(zip(park.children, park.contexts, strict=True)):
-            flow = self.flow.registry[child.flow]
-            run = MemoryRun(child_id(job, i), flow, values, self.dry_run, self.slots, self)
-            runs.append(run)
-        await asyncio.gather(*(run._ended() for run in runs))  # or until the first one has failed
-        given = zip(runs, park.children, strict=True)
-        return [json.loads(result_of(run.values, child.gives)) for run, child in given]
+        given = []
+        for i, child in enumerate(park.children):
+            flow, id = self.flow.registry[child.flow], child_id(job, i)
+            run = MemoryRun(id, flow, child.values, self.dry_run, self.slots, self)
+            given.append(run._given(child.gives))
+        return await asyncio.gather(*given)  # or until the first one has failed
 
-    async def _ended(self) -> None:
+    async def _given(self, gives: list[str] | None) -> Any:
         await self.over.wait()
         if self.phase != COMPLETED:
             raise RunError(failure_of(self.id, self.flow.id, self.phase, self.error))
+        return json.loads(result_of(self.values, gives))
 
     def _commit(self, node: str, outcome: Outcome) -> list[str]:
         if self.steps >= MAX_STEPS:
@@ -1715,10 +1714,10 @@ class Worker:
         """Start the children and free the slot, until they have ended or a person has answered."""
         origin = replace(view.origin, parent=job, depth=view.origin.depth + 1)
         count, starts = len(park.children) or 1, list[asyncio.Future[Any]]()
-        for i, (child, values) in enumerate(zip(park.children, park.contexts, strict=True)):
+        for i, child in enumerate(park.children):
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
             run = RedisRun(self.executor, child_id(job, i), theirs)
-            starts.append(run.start(view.flow.registry[child.flow], values, count=count))
+            starts.append(run.start(view.flow.registry[child.flow], child.values, count=count))
             if i % 100 == 99:  # few at a time, for others want to be served, too
                 await asyncio.gather(*starts)
                 starts.clear()
