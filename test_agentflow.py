@@ -58,10 +58,11 @@ import graphs.nodes
 import prove
 from agentflow import CANCELLED, CLAIM, COMMIT, COMPLETED, END, EVENTS, FAILED
 from agentflow import GIVE_BACK, PARK, RESUME, RUN, RUNNING
-from agentflow import Context, Field, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
+from agentflow import Context, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
 from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, TryLater
 from agentflow import View, Worker, child_id, event_of, execute, failure_of, new_id, result_of
 from agentflow import to_json
+from graphs.check import Field, load
 from graphs.patterns import draw
 
 README = (HERE / "README.md").read_text("utf-8")
@@ -838,7 +839,7 @@ async def executor(request: Any, tmp_path: Path) -> Any:
     await space.close()
 
 
-PATTERNS = Registry.load(HERE / "graphs" / "patterns")
+PATTERNS = load(HERE / "graphs" / "patterns")
 EXPECTED = {id: graph["expect"] for id, graph in PATTERNS.graphs.items() if "expect" in graph}
 
 
@@ -1788,7 +1789,7 @@ def test_a_file_that_is_no_json_is_a_finding_for_who_asks_for_it(tmp_path: Path,
     (tmp_path / f"{name}.json").write_bytes(content)
     (tmp_path / "good.json").write_text(json.dumps(graph("a")))
 
-    registry = Registry.load(tmp_path)
+    registry = load(tmp_path)
     with pytest.raises(GraphError) as refused:
         registry[name]
 
@@ -1837,7 +1838,7 @@ ANCESTORS = {  # graphs in the format of the TypeScript ancestor: numeric file n
 async def test_graphs_of_the_ancestor_load_and_run_unchanged(executor: Any, tmp_path: Path) -> None:
     for name, text in ANCESTORS.items():
         (tmp_path / f"{name}.json").write_text(text)
-    ancestor = Registry.load(tmp_path)["1"]
+    ancestor = load(tmp_path)["1"]
 
     with pytest.raises(RunError) as lacking:
         await ancestor.run({}, executor)
@@ -2007,7 +2008,7 @@ async def test_a_redirect_is_not_followed(executor: Any, model: Model) -> None:
 
 @pytest.mark.parametrize("name", [*USE_CASES, "announcement"])
 async def test_a_use_case_runs_dry_from_its_examples(executor: Any, name: str) -> None:
-    end = await same(executor, Registry.load(HERE / "graphs")[name], dry_run=True)
+    end = await same(executor, load(HERE / "graphs")[name], dry_run=True)
 
     assert end.status == COMPLETED and isinstance(end.result, str)
     assert "made-up" not in json.dumps(end.context)
@@ -3014,7 +3015,7 @@ async def test_a_local_dry_run_needs_no_redis_no_key_and_no_network(
     dry = ["client", "--usecase", name, "--local", "--dry-run"]
     typed = await shell.type(*dry, REDIS_URL=NOWHERE, **KEYLESS)
 
-    expected = await in_memory(Registry.load(HERE / "graphs")[name], dry_run=True)
+    expected = await in_memory(load(HERE / "graphs")[name], dry_run=True)
     assert (typed.code, typed.out) == (0, f"{expected.result}\n")
     assert "output" in typed.err or "log" in typed.err
 
@@ -3024,7 +3025,7 @@ async def test_a_run_that_is_not_waited_for_prints_its_id_and_can_be_followed(sh
     worker = shell.start("worker")
     followed = await shell.type("client", "--run", started.out.strip(), "--wait")
 
-    expected = await in_memory(Registry.load(HERE / "graphs")["blog-post"], dry_run=True)
+    expected = await in_memory(load(HERE / "graphs")["blog-post"], dry_run=True)
     assert started.code == 0 and re.fullmatch(r"[0-9a-f]+\n", started.out)
     assert f"--run {started.out.strip()} --wait" in started.err
     assert (followed.code, followed.out) == (0, f"{expected.result}\n")
@@ -3293,7 +3294,7 @@ async def test_ctrl_c_lets_a_worker_finish_and_a_second_one_ends_it_at_once(
     idle.press("\x03")
     assert await idle.end() == 0 and "stopping: 0 jobs" in idle.text
     busy = Terminal(shell, "worker")
-    run = await Registry.load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
+    run = await load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
     await wait_until(lambda: model.asked)
 
     busy.press("\x03")
@@ -3312,7 +3313,7 @@ async def test_ctrl_c_lets_a_worker_finish_and_a_second_one_ends_it_at_once(
 
 
 async def test_a_pipe_that_nobody_reads_is_no_crash(shell: Shell) -> None:
-    run = await Registry.load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
+    run = await load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
     commands = [["--usecase", "research", "--draw"], ["--list"], ["--runs"]]
     commands += [["--run", run.id, "--status"]]
     commands = [DRY, [*DRY, "--json"], *(["client", *command] for command in commands)]
@@ -3334,7 +3335,7 @@ async def test_what_is_closed_is_done_without(shell: Shell, where: str) -> None:
 
     typed = [shell.start(*command, where=where) for command in commands]
 
-    expected = await in_memory(Registry.load(HERE / "graphs")["announcement"], dry_run=True)
+    expected = await in_memory(load(HERE / "graphs")["announcement"], dry_run=True)
     assert [(await each.end()).code for each in typed] == [0, 0, 2]
     assert typed[0].out == ("" if where[0] == ">" else f"{expected.result}\n")
 

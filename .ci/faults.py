@@ -34,8 +34,9 @@ import redis
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from agentflow import CANCELLED, COMPLETED, RUNNING, Context, Field, Flow, Node, Park
+from agentflow import CANCELLED, COMPLETED, RUNNING, Context, Flow, Node, Park
 from agentflow import RedisExecutor, RedisRun, Registry, RunError, Worker
+from graphs.check import Field
 from prove import Pure, Result, Wrong, compare, ended, flows_of
 
 LEASE = 1.0

@@ -45,7 +45,6 @@ from agentflow import (
     DEFAULT,
     ERROR,
     Context,
-    Field,
     Flow,
     GraphError,
     Node,
@@ -58,7 +57,7 @@ from agentflow import (
     Script,
     Worker,
 )
-from graphs.check import may_overlap
+from graphs.check import Field, may_overlap
 
 Graph = dict[str, Any]
 Proved = tuple[Counter[str], dict[int, str]]  # figures, and what is wrong with which seed
