@@ -119,7 +119,7 @@ def to_json(value: Any, what: str) -> str:
     return text
 
 
-def plain(text: str) -> str:
+def as_unicode(text: str) -> str:
     """The text, lone surrogates escaped: they are no Unicode, and Redis' JSON refuses them."""
     return text.encode(errors="backslashreplace").decode()
 
@@ -292,7 +292,7 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
                 raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
             for child in prepared.children:
                 child.values = node.flow.registry[child.flow].new_context(child.inputs)
-            return replace(prepared, question=plain(prepared.question))
+            return replace(prepared, question=as_unicode(prepared.question))
         result = await _attempts(node, ctx, prepared, record)
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action != DEFAULT and action not in node.actions:
@@ -302,7 +302,7 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         return Outcome(action, ctx.changes, ctx.usage, time.monotonic() - started)
     except Exception as error:
         kind = "" if isinstance(error, (Permanent, TryLater)) else f"{type(error).__name__}: "
-        text = plain(f'node "{node.id}": {kind}{error}'[:2000])
+        text = as_unicode(f'node "{node.id}": {kind}{error}'[:2000])
         if ERROR not in node.actions:
             raise RunError(text) from error
         changes = {node.id: encode(text)}
@@ -1625,7 +1625,7 @@ class Worker:
         try:
             flow = await self._flow(origin)
         except Exception as error:
-            text = plain(f"worker {self.id} cannot build its flow: {error}")
+            text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(RedisRun(self.executor, id, origin), job, text)
             return None
         view = held.view = self._views.get(id) or View(self.executor, id, origin, flow)

@@ -75,6 +75,10 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.run and (args.status or args.explain or args.cancel or args.resume or args.answer):
         parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
+    if args.cancel and (args.resume or args.answer):
+        parser.error(
+            "a run that is cancelled cannot go on: drop --cancel, or --resume and --answer"
+        )
     args.wait |= args.local or (args.json and not args.run)
     return args
 

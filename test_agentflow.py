@@ -3107,6 +3107,7 @@ WRONG: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     ),
     "no Redis URL": (["--usecase", "research", "--redis", "localhost"], {}, ["redis://"]),
     "status of nothing": (["--usecase", "research", "--status"], {}, ["--run"]),
+    "an end and no end": (["--run", "0123", "--cancel", "--resume"], {}, ["cannot go on"]),
 }
 
 

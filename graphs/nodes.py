@@ -120,7 +120,8 @@ class Choice(Node):
         return answer if answer in self.labels() else labels.get(plain(as_text(answer)), answer)
 
     async def prep(self, ctx: Context) -> Any:
-        if ctx.visit > self.data.get("limit", ctx.visit):
+        limit = self.data.get("limit")
+        if limit is not None and ctx.visit > limit:
             return self.data.get("otherwise", "default")  # a string: the answer, without asking
         return await super().prep(ctx)
 
@@ -164,7 +165,8 @@ class SubWorkflow(Node):
 
     def names(self) -> list[str]:
         graph = self.flow.registry.graphs.get(self.child)
-        above = self.flow.id.split("/")[1:]  # a flow that runs itself is looked into only once
+        above = self.flow.id.split("/")[1:]  # a child's own children ask, too: its id has the way
+        # that led to it, so that a flow that runs itself is looked into only once
         if "inputs" in self.data or self.child in above or not isinstance(graph, dict):
             return []
         if any(check_parts(graph)):  # told where the child itself is checked
@@ -276,7 +278,8 @@ class Process(Templated):
     async def prep(self, ctx: Context) -> Any:
         roles = {"system": "system", "promptTemplate": "user"}
         texts = await super().prep(ctx)
-        return [{"role": roles[f], "content": text} for f, text in texts.items()], ctx.usage
+        messages = [{"role": roles[field], "content": text} for field, text in texts.items()]
+        return messages, ctx.usage  # into which exec counts, as it has no ctx
 
     async def ask(self, messages: list[dict[str, str]], usage: dict[str, int]) -> str:
         """The model's answer."""
