@@ -852,9 +852,11 @@ class MemoryRun(Run):
 # LPUSH puts into a list on the left. BLMOVE waits for a job on the right of `ready` and moves it
 # into another list, in one step: so no worker's death can lose a job (I2).
 #
-#   ready --BLMOVE, TAKE--> processing:<worker> --CLAIM--> prep, exec, post --COMMIT--> gone;
-#     '<-----GIVE_BACK-----------'                                   its successors are in ready,
-#                                      or, where the worker has room, in processing:<worker> again
+#   ready --BLMOVE, TAKE--> processing:<worker> --CLAIM--> prep, exec, post --COMMIT--> gone
+#     '<----GIVE_BACK------------'
+#
+# COMMIT puts the successors into ready or, as many as its worker has room for, into that worker's
+# own list, where they need no CLAIM.
 #
 # Fields of a job in run:<id>:parked. <job>: what it asks, or ''. <job> count: its children, or 1.
 # <job> left: 0 or less as soon as it has something to read. <job> <i>: what child i, or a person,
