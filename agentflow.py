@@ -354,10 +354,11 @@ WAITING, RETURNED = "waiting", "returned"  # any other mark is that of an active
 
 
 class State(NamedTuple):
-    """A run's tokens and visits: all that the rule reads, and makes anew."""
+    """All of a run that the rule reads, and makes anew."""
 
     tokens: dict[str, str]  # node: mark
     visits: dict[str, int]  # node in a loop: its activations since the loop was entered
+    steps: int = 0  # activations that have ended
 
 
 class Loop(NamedTuple):
@@ -412,26 +413,28 @@ class Flow:
 
     def first(self, mark: str) -> tuple[State, list[str]]:
         """The state of a new run, and its start nodes, active with this mark."""
-        return self._activate(dict.fromkeys(self.starts, WAITING), {}, mark)
+        return self._activate(State(dict.fromkeys(self.starts, WAITING), {}), mark)
 
     def advance(self, state: State, node: str, action: str, mark: str) -> tuple[State, list[str]]:
         """The state after an active node has ended with an action, and the nodes that this made
-        active, with this mark. Pure: every executor gets the same (I4). RunError would be a bug."""
+        active, with this mark. Pure: every executor gets the same (I4). RunError where the run
+        seems to go on for ever; any other would be a bug."""
+        if state.steps >= MAX_STEPS:
+            why = f"the run has taken {MAX_STEPS} steps; does a loop lack a limit?"
+            raise RunError(f'node "{node}": {why}')
         tokens = dict(state.tokens)
         del tokens[node]
         for target in self.targets[node].get(action, ()):
             if tokens.get(target, WAITING) not in (WAITING, RETURNED):
                 raise RunError(f'node "{target}" was reached while active; please report this')
             tokens[target] = RETURNED if (node, target) in self._back else WAITING
-        state, ready = self._activate(tokens, state.visits, mark)
+        state, ready = self._activate(State(tokens, state.visits, state.steps + 1), mark)
         if state.tokens and not {*state.tokens.values()} - {WAITING, RETURNED}:
             raise RunError(f"all tokens wait, {tokens}, and none may run; please report this")
         return state, ready
 
-    def _activate(
-        self, tokens: dict[str, str], visits: dict[str, int], mark: str
-    ) -> tuple[State, list[str]]:
-        tokens = dict(tokens)
+    def _activate(self, state: State, mark: str) -> tuple[State, list[str]]:
+        tokens, visits = dict(state.tokens), state.visits
         ready = [node for node, others in self.blockers(tokens).items() if not others]
         for node in ready:
             if tokens[node] == WAITING and node in self._body:  # a head, entered from outside
@@ -440,7 +443,7 @@ class Flow:
             if self._heads[node]:
                 visits = {**visits, node: visits.get(node, 0) + 1}
             tokens[node] = mark
-        return State(tokens, visits), ready
+        return State(tokens, visits, state.steps), ready
 
     def blockers(self, tokens: Mapping[str, str]) -> dict[str, int]:
         """For each node where a token waits, the mask of those whose tokens it waits for: each that
@@ -697,11 +700,6 @@ def event_of(event: str, id: str, flow: str, **more: Any) -> Event:
     return {name: value for name, value in found.items() if value}
 
 
-def too_many_steps(node: str) -> str:
-    """What is said of a run that seems to go on for ever."""
-    return f'node "{node}": the run has taken {MAX_STEPS} steps; does a loop lack a limit?'
-
-
 class InMemoryExecutor:
     """Runs flows in this process, this many nodes at the same time."""
 
@@ -721,7 +719,7 @@ class MemoryRun(Run):
         slots: asyncio.Semaphore, parent: MemoryRun | None = None,
     ) -> None:  # fmt: skip
         self.id, self.flow, self.values, self.dry_run, self.slots = id, flow, values, dry_run, slots
-        self.phase, self.error, self.steps, self.over = RUNNING, "", 0, asyncio.Event()
+        self.phase, self.error, self.over = RUNNING, "", asyncio.Event()
         self.depth: int = parent.depth + 1 if parent else 0
         self.root: MemoryRun = parent.root if parent else self  # which has what its children share:
         self.usage, self.log, self.news = Counter[str](), list[Event](), asyncio.Event()
@@ -805,11 +803,8 @@ class MemoryRun(Run):
         return json.loads(result_of(self.values, gives))
 
     def _commit(self, node: str, outcome: Outcome) -> list[str]:
-        if self.steps >= MAX_STEPS:
-            raise RunError(too_many_steps(node))
         event = outcome.event(node, self.state.visits)
         self.state, ready = self.flow.advance(self.state, node, outcome.action, new_id())
-        self.steps += 1
         self.values = self.values | outcome.changes
         if outcome.usage:
             self.root.usage.update(outcome.usage)
@@ -1337,11 +1332,10 @@ class RedisRun(Run):
     def start(self, flow: Flow, values: dict[str, str], **more: Any) -> asyncio.Future[Any]:
         """Make the run: a user's with its `graph`, or a child with the `count` of them."""
         version = new_id()
-        (tokens, visits), ready = flow.first(version)
+        state, ready = flow.first(version)
         origin = {name: value for name, value in vars(self.origin).items() if value}
         a = {"origin": encode(origin), "event": self.event("started"), "version": version, **more}
-        a |= {"tokens": tokens, "visits": visits, "steps": 0}
-        a |= {"jobs": [f"{self.id}/{node}/{version}" for node in ready]}
+        a |= {**state._asdict(), "jobs": [f"{self.id}/{node}/{version}" for node in ready]}
         key = self.executor.key
         graph, runs = key("graph", self.origin.graph), key("runs")
         return self.change(START, graph, runs, values=values, **a)
@@ -1446,7 +1440,7 @@ class View(RedisRun):
     def update(self, found: list[str], context: Any) -> None:
         """Take over what stands in Redis."""
         self.version, self.phase, tokens, visits, steps = found[:5]
-        self.state, self.steps = State(json.loads(tokens), json.loads(visits)), int(steps)
+        self.state = State(json.loads(tokens), json.loads(visits), int(steps))
         self.context = pairs(context)
 
     def decide(
@@ -1463,8 +1457,6 @@ class View(RedisRun):
                 continue
             event = self.event("done", **outcome.event(node, state.visits))
             try:
-                if self.steps + len(events) >= MAX_STEPS:
-                    raise RunError(too_many_steps(node))
                 state, nodes = self.flow.advance(state, node, outcome.action, version)
                 ready += [f"{self.id}/{node}/{version}" for node in nodes]
                 events.append(event)
@@ -1687,18 +1679,17 @@ class Worker:
             if refused:
                 continue  # without them
             changes = {key: text for out in ended.values() for key, text in out.changes.items()}
-            context, steps = view.context | changes, view.steps + len(ended)
+            context = view.context | changes
             room = max(0, self._room() + len(ended))  # with the slots that these jobs leave
             room = 0 if self.stopping or self._suspect else room
-            a: dict[str, Any] = {"seen": seen, "version": version, "steps": steps, "events": events}
-            a |= {"tokens": state.tokens, "visits": state.visits}
-            a |= {"done": [*ended], "keep": ready[:room], "queue": ready[room:]}
+            a: dict[str, Any] = {"seen": seen, "version": version, "events": events}
+            a |= {**state._asdict(), "done": [*ended], "keep": ready[:room], "queue": ready[room:]}
             a["usage"] = [out.usage for out in ended.values() if out.usage]
             if not state.tokens:
                 a |= view.end(COMPLETED, result=result_of(context, view.origin.gives))
             reply = await view.change(COMMIT, view.keys[EVENTS] + ":copy", values=changes, **a)
             if len(reply) == 1:  # it is committed
-                view.version, view.state, view.context, view.steps = version, state, context, steps
+                view.version, view.state, view.context = version, state, context
                 self.counts["done"] += len(ended)
                 for job in ready[:room] if reply[0] == RUNNING else ():
                     self._hold(job, view)

@@ -778,8 +778,7 @@ class Hand:
         outcome = await execute(self.flow.nodes[node], ctx, "", quiet)
         assert isinstance(outcome, Outcome)
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
-        a = {"seen": view.version, "version": version, "steps": view.steps + 1, "usage": []}
-        a |= {"tokens": state.tokens, "visits": state.visits}
+        a = {"seen": view.version, "version": version, "usage": [], **state._asdict()}
         a |= {"events": [view.event("done", **outcome.event(node, view.state.visits))]}
         a |= {"done": [job], "keep": [], "queue": [f"{view.id}/{n}/{version}" for n in ready]}
         return a | {"values": outcome.changes}
