@@ -133,7 +133,7 @@ class Context:
     """
 
     snapshot: dict[str, str]  # key: JSON text; shared with other nodes, therefore never written
-    job: str = ""  # run/node/token: the same in every delivery, an idempotency key
+    job: str = ""  # run/node/mark: the same in every delivery, an idempotency key
     visit: int = 1
     dry_run: bool = False
     depth: int = 0  # of its run: 0 where a user started it, 1 for its children
@@ -902,9 +902,9 @@ local function expire(days)  -- a child's events are its root's
   call('EXPIRE', events, (run == root and days or 30) * 86400)
 end
 local function is_active(run, job)  -- its token is still there, and the run is running
-  local node, token = string.match(job, '/(.*)/(.*)')
+  local node, mark = string.match(job, '/(.*)/(.*)')
   local found = call('HMGET', run, 'status', 'tokens')
-  return found[1] == 'running' and cjson.decode(found[2])[node] == token
+  return found[1] == 'running' and cjson.decode(found[2])[node] == mark
 end
 -- What a job waits for is written once, and before any child that will give it is there: whoever
 -- cancels the run must find the children. `left` says how many are to come before the job has
@@ -1451,8 +1451,8 @@ class View(RedisRun):
         state, ready, events = self.state, list[str](), list[str]()
         refused = dict[str, str]()
         for job, outcome in ended.items():
-            _, node, token = job.split("/")
-            if self.phase == CANCELLED or state.tokens.get(node) != token:
+            _, node, mark = job.split("/")
+            if self.phase == CANCELLED or state.tokens.get(node) != mark:
                 refused[job] = ""
                 continue
             event = self.event("done", **outcome.event(node, state.visits))
@@ -1608,7 +1608,7 @@ class Worker:
 
     async def _claim(self, job: str, held: Held) -> View | None:
         """Read what a job needs; None, and the job is let go, if it must not run, or not now."""
-        id, node, token = job.split("/")
+        id, node, mark = job.split("/")
         command = CLAIM.on(self.executor.keys(id), job=job)
         found, context, crashes, told = await self.send(*command)
         if not found[0]:
@@ -1625,7 +1625,7 @@ class Worker:
         view = held.view = self._views.get(id) or View(self.executor, id, origin, flow)
         self._views[id] = view
         view.update(found, context)
-        if view.phase != RUNNING or view.state.tokens.get(node) != token:  # a resume queues it anew
+        if view.phase != RUNNING or view.state.tokens.get(node) != mark:  # a resume queues it anew
             await self._give_back(job, drop=True)
             return None
         if crashes >= (CRASHES if flow.nodes[node].retries else 1):

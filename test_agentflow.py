@@ -787,6 +787,14 @@ class Hand:
         """Send a decision; False where the run has changed since it was made."""
         return len(await self.view.change(COMMIT, **decision)) == 1
 
+    async def start_child(self, job: str) -> RedisRun:
+        """Start the child that a sub-workflow's job waits for; and not yet park."""
+        origin = {**vars(self.view.origin), "flow": "child", "parent": job, "depth": 1}
+        child = RedisRun(self.view.executor, child_id(job, 0), type(self.view.origin)(**origin))
+        theirs = self.flow.registry["child"]
+        await child.start(theirs, theirs.new_context({}), count=1)
+        return child
+
     async def fail(self, job: str, text: str) -> None:
         """Fail the run."""
         await self.view.change(END, job=job, **self.view.end(FAILED, text))
@@ -2559,14 +2567,26 @@ async def test_what_comes_into_the_list_of_a_worker_that_has_left_is_found(space
     await committed_once(space, run, both)
 
 
+async def test_a_worker_may_die_between_starting_a_child_and_parking(
+    space: Space, gate: Gate
+) -> None:
+    parent = family("s -> b", s=SUB, c_x=gate.data | {"holds": 0})
+    run = await parent.run({}, space.executor)
+    hand = Hand(space, parent, run)  # which is dead
+    await hand.start_child(hand.take("s"))
+
+    space.worker()
+
+    await committed_once(space, run, parent)
+    assert len(gate.begun("x")) == 2  # here and in memory
+
+
 async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Space) -> None:
     parent = family("s -> b", s=SUB)
     run = await parent.run({}, space.executor)
     hand = Hand(space, parent, run, alive=100)
-    job, theirs = hand.take("s"), parent.registry["child"]
-    origin = {**vars(run.origin), "flow": "child", "parent": job, "depth": 1}
-    child = RedisRun(hand.view.executor, child_id(job, 0), type(run.origin)(**origin))
-    await child.start(theirs, theirs.new_context({}), count=1)
+    job = hand.take("s")
+    child = await hand.start_child(job)
     space.worker()
     await wait_until(lambda: is_status(child, COMPLETED))
 
