@@ -25,7 +25,7 @@ The words, each with an example:
               or, while the node is active, a random id
     job       one activation of one node: run/node/mark;        "5f0c1a.../hello/8d1f03..."
               what the queue moves, and an idempotency key
-    visit     which activation of its node this is, since the node's loop was entered: 1, 2, ...
+    visit     which activation of its node this is since its loop was entered; 1 outside of loops
     child     a run that a node has started, and waits for; the root is the run that a user started
     parked    so is a job that waits for its children or for a person; no worker has it
     custody   a worker's, of the jobs in its own list, from taking them to their end
@@ -184,7 +184,7 @@ class Child:
 class Park:
     """Returned by a prep that cannot go on before these children, of which there is at least one,
     have ended, or a person has answered. Other jobs run meanwhile; then prep is called again, with
-    `ctx.results`."""
+    `ctx.results`, and parks no more. If a child fails, the node fails, without another prep."""
 
     children: list[Child] = field(default_factory=list)
     question: str = ""
@@ -213,7 +213,7 @@ class Node:
         return self.values(ctx)
 
     async def exec(self, prepared: Any) -> Any:
-        """Do the work: the only part that is retried, and it may run more than once (I1)."""
+        """Do the work: the only part that is retried; after a crash all three run again (I1)."""
         return prepared
 
     async def rehearse(self, prepared: Any) -> Any:
@@ -288,6 +288,8 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         if isinstance(prepared, Park):
             if bool(prepared.children) == bool(prepared.question):
                 raise Permanent("it parks neither for children nor for a question, or for both")
+            if ctx.results is not None:
+                raise Permanent("it parks again, although it has what it parked for")
             if prepared.children and ctx.depth >= MAX_DEPTH:
                 raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
             for child in prepared.children:
@@ -448,8 +450,8 @@ class Flow:
     def blockers(self, tokens: Mapping[str, str]) -> dict[str, int]:
         """For each node where a token waits, the mask of those whose tokens it waits for: each that
         is upstream of it, and for one that has come back to the head of a loop, also each in the
-        loop's body. That one stands for the next round, so nothing in the body waits for it; what
-        is behind the loop does."""
+        loop's body. A token that has come back stands for the next round: nodes in the body do not
+        wait for it, nodes behind the loop do."""
         returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
         busy = self._mask(tokens) ^ returned
         found: dict[str, int] = {}
@@ -534,8 +536,8 @@ class Flow:
 
     def _side_work(self, head: str, members: set[str]) -> set[str]:
         """Nodes that a loop starts beside itself: each edge to them comes from one of them, or from
-        a member whose same action also goes on inside; and they do not lead back. Found by leaving
-        out, of all nodes, what is reached in another way."""
+        a member that by the same action also leads to a member; and they do not lead back. Found
+        by leaving out, of all nodes, what is reached in another way."""
         side = set(self.nodes) - set(self.starts) - set(self.members(self.ancestors[head]))
         size = -1
         while size != len(side):
@@ -899,7 +901,11 @@ local function put_context()
 end
 local function expire(days)  -- a child's events are its root's
   for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
-  call('EXPIRE', events, (run == root and days or 30) * 86400)
+  if run == root then
+    call('EXPIRE', events, days * 86400)
+  elseif call('HGET', root, 'status') == 'running' then
+    call('EXPIRE', events, 30 * 86400)
+  end
 end
 local function is_active(run, job)  -- its token is still there, and the run is running
   local node, mark = string.match(job, '/(.*)/(.*)')
@@ -919,7 +925,7 @@ end
 -- A child's end, or a person's answer, is written once, and queues the job if it is parked and has
 -- something to read.
 local function tell(run, parked, job, index, status)
-  if call('HEXISTS', parked, job) == 0 then return 0 end  -- nobody waits for it any more
+  if call('EXISTS', run) == 0 or call('HEXISTS', parked, job) == 0 then return 0 end
   if call('HSETNX', parked, job .. ' ' .. index, a.told) == 0 then return 0 end
   call('HSET', run, 'version', a.version)
   local weight = status == 'completed' and 1 or call('HGET', parked, job .. ' count')
@@ -1037,7 +1043,7 @@ end
 return {found[2]}
 """)
 
-# END ends a run as cancelled, for good, or, for a job, as failed, whose tokens stay. Only the job's
+# END ends a run: without a job as cancelled, for good; with one as failed, until a resume. Only its
 # custodian may fail it, while its token is there: a worker that was taken for dead must not fail
 # what another one does, and nobody what another one has done (I1).
 #   KEYS  .. parents_parked
@@ -1045,7 +1051,8 @@ return {found[2]}
 #   gives the status that it found, or nothing without custody
 END = Script("""
 if a.job and call('LREM', mine, 0, a.job) == 0 then return end
-local status = call('HGET', run, 'status')
+local status, version = unpack(call('HMGET', run, 'status', 'version'))
+if version == a.version then return 'running' end  -- sent again, for its reply was lost
 if status == 'failed' and a.job then
   record({a.event})
 elseif status == 'failed' or status == 'running' and (not a.job or is_active(run, a.job)) then
@@ -1056,7 +1063,7 @@ return status
 
 # PARK ends the custody of a job until there is something for it to read; if there is already, the
 # job is queued (I2: out of one place and into another).
-#   KEYS  .. events
+#   KEYS  .. root
 #   a     job version count question event
 PARK = Script("""
 if call('LREM', mine, 0, a.job) == 0 or not is_active(run, a.job) then return end
@@ -1124,10 +1131,11 @@ return found[1]
 """)
 
 # ANSWER gives a person's answer to the job that asked.
-#   KEYS  .. events
+#   KEYS  .. root
 #   a     job version told event
 #   gives 1 if it was the first answer to a question
 ANSWER = Script("""
+if call('HGET', run, 'version') == a.version then return 1 end  -- sent again
 if not is_active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
 if tell(run, parked, a.job, 0, 'completed') == 0 then return 0 end
 record({a.event})
@@ -1333,7 +1341,7 @@ class RedisRun(Run):
         """Make the run: a user's with its `graph`, or a child with the `count` of them."""
         version = new_id()
         state, ready = flow.first(version)
-        origin = {name: value for name, value in vars(self.origin).items() if value}
+        origin = {k: v for k, v in vars(self.origin).items() if v not in ("", 0, None)}
         a = {"origin": encode(origin), "event": self.event("started"), "version": version, **more}
         a |= {**state._asdict(), "jobs": [f"{self.id}/{node}/{version}" for node in ready]}
         key = self.executor.key
@@ -1352,7 +1360,7 @@ class RedisRun(Run):
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
         """What has happened, from the start; to follow it, also what happens until the end."""
         last, send = "-", self.executor.send
-        while True:  # the status first: what is recorded after it, may be missed
+        while True:  # the status first: if it is final, all that comes next is there to be read
             status = await send("HGET", self.keys[RUN], "status")
             found = await send("XRANGE", self.keys[EVENTS], last, "+", "COUNT", 1000)
             for id, fields in found:
@@ -1422,10 +1430,10 @@ class RedisRun(Run):
 
 # ── 8. Redis: the worker ─────────────────────────────────────────────────────────────────────
 # Takes jobs, runs them and commits what came of them; and once a second shows that it lives, and
-# looks for jobs that somebody lost (I3). Only a node's own work is ever cancelled, which does not
-# talk to Redis: safety comes from the processing list, not from `finally`.
+# looks for jobs that somebody lost (I3). Only a node's own work is ever cancelled, and that never
+# waits for Redis: safety comes from the processing list, not from `finally`.
 
-CRASHES = 5  # how often a job may be with a worker that dies before its run fails
+CRASHES = 5  # deaths of a worker with a job at which the job's run fails; 1 if it has no retries
 
 
 class View(RedisRun):
@@ -1463,8 +1471,7 @@ class View(RedisRun):
             except RunError as error:
                 refused[job] = str(error)
         if self.phase == FAILED and not state.tokens:
-            refused = dict.fromkeys(ended, "")  # even the node that failed it has ended elsewhere:
-            # a resume shall find it, and go on from there
+            refused = dict.fromkeys(ended, "")  # its last tokens: a resume goes on from them
         return state, ready, events, refused
 
 
@@ -1616,12 +1623,15 @@ class Worker:
             await self._give_back(job, drop=True)
             return None
         origin = Origin(**json.loads(found[5]))
+        known = origin.graph in self._registries
         try:
             flow = await self._flow(origin)
         except Exception as error:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(RedisRun(self.executor, id, origin), job, text)
             return None
+        if not known:
+            return await self._claim(job, held)  # what was read may be old by now
         view = held.view = self._views.get(id) or View(self.executor, id, origin, flow)
         self._views[id] = view
         view.update(found, context)

@@ -234,10 +234,12 @@ class Cancelling(Node):
 
 
 class Idle(Node):
-    """Parks for nothing."""
+    """Parks whenever it is asked, and for nothing unless it has a question."""
+
+    fields: ClassVar[dict[str, Field]] = {"question": Field("text")}
 
     async def prep(self, ctx: Context) -> Any:
-        return Park()
+        return Park(question=self.data.get("question", ""))
 
 
 class Spender(Node):
@@ -1619,6 +1621,17 @@ async def test_a_node_that_parks_for_nothing_has_failed(executor: Any) -> None:
     assert (end.status, end.error) == (FAILED, f'node "a": {said}')
 
 
+@own_executors
+async def test_a_node_parks_once_an_activation(executor: Any) -> None:
+    run = await one("idle", question="Good?").run({}, executor)
+    await question_of(run)
+
+    await run.answer("a", "yes")
+
+    said = "it parks again, although it has what it parked for"
+    assert (await end_of(run)).error == f'node "a": {said}'
+
+
 async def test_a_node_that_has_used_half_a_token_has_failed(executor: Any) -> None:
     end = await same(executor, one("spender", tokens=0.5))
 
@@ -2523,6 +2536,29 @@ async def test_a_child_that_outlives_its_root_leaves_nothing_of_it(
 
     assert not space.redis.exists(*run.keys[:3], run.keys[EVENTS])
     space.redis.delete(*space.runs())  # whose events nobody can replay
+
+
+async def test_a_cancelled_child_does_not_lengthen_the_life_of_its_roots_events(
+    space: Space, gate: Gate
+) -> None:
+    space.worker()
+    run = await family("m", m=MAP, c_x=gate.data).run({"items": [1, 2]}, space.executor)
+    await gate.reached("x", 2)
+
+    await run.cancel()
+
+    assert 6 < space.redis.ttl(run.keys[EVENTS]) / 86400 <= 7
+
+
+async def test_a_cancel_that_is_sent_again_says_the_same(space: Space) -> None:
+    space.worker()
+    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
+    await question_of(run)
+    cancel = {"version": new_id(), **run.end(CANCELLED, "by request")}
+
+    said = [await run.change(END, **cancel) for _ in range(2)]
+
+    assert said == [RUNNING, RUNNING] and await is_status(run, CANCELLED)
 
 
 async def test_a_failed_run_expires_though_workers_live(space: Space, gate: Gate) -> None:
