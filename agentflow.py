@@ -468,14 +468,12 @@ class Flow:
         self.bit = {node: 1 << i for i, node in enumerate(self.nodes)}
         edges = [(node, target) for node in self.nodes for target in self.leads_to(node)]
         self.ancestors = self._ancestors_along(edges)
+        # A start: whatever leads to it is also reached from it, and it is the first of these.
         self.starts = [
             node
             for node, bit in self.bit.items()
-            if not self.ancestors[node]
-            & (bit - 1)  # nothing before it in the file leads to it, and
-            and all(
-                self.ancestors[n] & bit for n in self.members(self.ancestors[node])
-            )  # all from it
+            if not self.ancestors[node] & (bit - 1)
+            and all(self.ancestors[n] & bit for n in self.members(self.ancestors[node]))
         ]
         order = dict.fromkeys(self.starts)  # breadth-first, in file order
         for node in (queue := [*order]):  # which grows meanwhile
