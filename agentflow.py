@@ -1663,7 +1663,8 @@ class Worker:
         visit, origin = view.state.visits.get(node.id, 1), view.origin
         ctx = Context(view.context, job, visit, origin.dry_run, origin.depth, held.results)
 
-        def record(event: str, **more: Any) -> None:  # and nobody waits for it
+        def record(event: str, **more: Any) -> None:
+            """Record an event of the node; nobody waits for it."""
             text = view.event(event, node=node.id, **more)
             self.send(
                 "XADD", view.keys[EVENTS], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text
