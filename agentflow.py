@@ -581,7 +581,7 @@ class Flow:
 # that, or graphs/nodes.py, is imported.
 
 
-class Registry(Mapping[str, Flow]):
+class Registry:
     """Flows by id, each checked and built when it is first asked for; GraphError, with every
     finding, if a flow, or one that it runs as a child, cannot run."""
 
@@ -596,15 +596,6 @@ class Registry(Mapping[str, Flow]):
     def __init__(self, graphs: Mapping[str, Any], folder: str = "") -> None:
         self.graphs, self.folder = graphs, folder
         self._flows: dict[str, Flow] = {}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.graphs)
-
-    def __len__(self) -> int:
-        return len(self.graphs)
-
-    def __contains__(self, id: object) -> bool:
-        return id in self.graphs
 
     def __getitem__(self, id: str) -> Flow:
         if id not in self._flows:

@@ -144,8 +144,9 @@ async def start(args: argparse.Namespace) -> None:
             about = graph.get("description", "") if isinstance(graph, dict) else graph
             say(f"{id:<24} {about}", sys.stdout)
         return
-    if args.usecase not in registry:
-        raise RunError(f'no use case "{args.usecase}"; there is {", ".join(registry) or "none"}')
+    if args.usecase not in registry.graphs:
+        ids = ", ".join(registry.graphs) or "none"
+        raise RunError(f'no use case "{args.usecase}"; there is {ids}')
     flow, inputs = registry[args.usecase], values("--input", args.input)
     if args.draw:
         say(mermaid(flow, {}), sys.stdout)

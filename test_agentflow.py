@@ -2074,7 +2074,7 @@ def test_the_page_of_patterns_is_drawn_from_the_graphs() -> None:
     page = (HERE / "graphs" / "patterns" / "README.md").read_text("utf-8")
 
     assert draw.drawn(page) == page
-    assert all(f"({name}.json)" in page for name in PATTERNS)
+    assert all(f"({name}.json)" in page for name in PATTERNS.graphs)
 
 
 # ── 14. Killed workers, slow workers, lost replies ───────────────────────────────────────────

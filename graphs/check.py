@@ -205,6 +205,7 @@ def may_overlap(flow: Flow, one: str, other: str) -> bool:
 
 def check_nodes(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
     """What is wrong with nodes among their edges, and with the flows that they run."""
+    graphs = flow.registry.graphs
     for node in flow.nodes.values():
         data = f"{places[node.id]}.data"
         for name in node.names():
@@ -214,8 +215,8 @@ def check_nodes(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
             hint = nearest(action, node.actions)
             yield f"{data}.otherwise", f'no edge carries "{action}"; {hint}'
         for child in node.runs():
-            if child not in flow.registry:
-                yield f"{data}.workflowId", f'no flow "{child}"; {nearest(child, flow.registry)}'
+            if child not in graphs:
+                yield f"{data}.workflowId", f'no flow "{child}"; {nearest(child, graphs)}'
         yield from ((f"{data}{place}", text) for place, text in node.check())
 
 
@@ -263,7 +264,7 @@ def check(registry: Registry, id: str) -> list[str]:
     found: list[tuple[str, Finding]] = []
     flows: dict[str, Flow] = {}
     for flow_id in (wanted := [id]):
-        missing = KeyError(f"no such file; {nearest(flow_id, registry)}")
+        missing = KeyError(f"no such file; {nearest(flow_id, registry.graphs)}")
         graph = registry.graphs.get(flow_id, missing)
         if isinstance(graph, Exception):
             found.append((flow_id, ("$", f"cannot be read as JSON: {graph}")))
@@ -274,7 +275,7 @@ def check(registry: Registry, id: str) -> list[str]:
             places = {node: f"$.nodes[{i}]" for i, node in enumerate(flow.nodes)}
             for part in (check_nodes, check_loops, check_keys):
                 found += [(flow_id, finding) for finding in part(flow, places)]
-            children = sorted(flow.children() & registry.keys())
+            children = sorted(flow.children() & registry.graphs.keys())
             wanted += [child for child in children if child not in wanted]
     for flow_id in flows:
         for child in (certain := [flow_id]):
