@@ -197,14 +197,14 @@ class Node:
     fields: ClassVar[dict[str, Any]] = {}  # what `data` may hold: see graphs/check.py
     backoff: ClassVar[float] = 0.5  # seconds, about, before the first retry; then doubled, up to 60
 
-    def __init__(self, flow: Flow, spec: Mapping[str, Any], actions: list[str]) -> None:
-        config = spec.get("config") or {}
+    def __init__(self, flow: Flow, spec: Mapping[str, Any]) -> None:
         self.flow = flow
         self.id = str(spec["id"])
-        self.data: dict[str, Any] = spec.get("data") or {}
+        self.actions = [*flow.targets[self.id]]  # those of its edges, in file order
+        self.data: dict[str, Any] = spec.get("data", {})
+        config = spec.get("config", {})
         self.retries: int = config.get("retries", 2)
         self.timeout: float = config.get("timeout", 120)
-        self.actions = actions  # those of its edges, in file order
         named = self.data.get("inputs", {name: name for name in self.names()})
         self.inputs = {k: v if isinstance(v, list) else [v] for k, v in named.items()}
 
@@ -377,15 +377,13 @@ class Flow:
     def __init__(self, id: str, graph: Mapping[str, Any], registry: Registry) -> None:
         self.id, self.graph, self.registry = id, graph, registry
         self.inputs: dict[str, Any] = graph.get("inputs", {})
-        specs = {str(spec["id"]): spec for spec in graph["nodes"]}
-        self.targets: dict[str, dict[str, list[str]]] = {node: {} for node in specs}
+        self.targets: dict[str, dict[str, list[str]]]  # source: {action: targets}
+        self.targets = {str(spec["id"]): {} for spec in graph["nodes"]}
         for edge in graph.get("edges", []):
-            targets = self.targets[str(edge["source"])].setdefault(edge.get("action", DEFAULT), [])
-            if str(edge["target"]) not in targets:
-                targets.append(str(edge["target"]))
-        self.nodes: dict[str, Node] = {}
-        for node, spec in specs.items():
-            self.nodes[node] = Registry.types[spec["type"]](self, spec, [*self.targets[node]])
+            by_action = self.targets[str(edge["source"])]
+            by_action.setdefault(edge.get("action", DEFAULT), []).append(str(edge["target"]))
+        nodes = [Registry.types[spec["type"]](self, spec) for spec in graph["nodes"]]
+        self.nodes = {node.id: node for node in nodes}
         self._analyse()
 
     async def run(

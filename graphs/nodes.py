@@ -202,8 +202,8 @@ class Map(SubWorkflow):
         "as": Field("id", "the child key of the item", True),
     }
 
-    def __init__(self, flow: Flow, spec: Mapping[str, Any], actions: list[str]) -> None:
-        super().__init__(flow, spec, actions)
+    def __init__(self, flow: Flow, spec: Mapping[str, Any]) -> None:
+        super().__init__(flow, spec)
         self.inputs[str(self.data["as"])] = [self.data["over"]]
 
     def runs(self) -> dict[str, bool]:
