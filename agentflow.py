@@ -473,18 +473,20 @@ class Flow:
             if not self.ancestors[node] & (bit - 1)
             and all(self.ancestors[n] & bit for n in self.members(self.ancestors[node]))
         ]
-        order = dict.fromkeys(self.starts)  # breadth-first, in file order
-        for node in (queue := [*order]):  # which grows meanwhile
-            queue += [target for target in self.leads_to(node) if target not in order]
-            order |= dict.fromkeys(self.leads_to(node))
+        for node in (order := [*self.starts]):  # which grows meanwhile: breadth-first
+            order += [target for target in self.leads_to(node) if target not in order]
         edges = [(source, target) for source in order for target in self.leads_to(source)]
         # A loop nesting forest (Steensgaard 1993): a cycle's head is its member that is reached
         # first; without the edges back to the heads, the same again finds the loops inside.
         self.loops: list[Loop] = []
         self._back: set[tuple[str, str]] = set()
-        while loops := [*self._outermost(order, [e for e in edges if e not in self._back])]:
-            self.loops += loops
-            self._back |= {(node, loop.head) for loop in loops for node in loop.members}
+        ancestors = self.ancestors
+        while cyclic := [node for node in order if ancestors[node] & self.bit[node]]:
+            head = cyclic[0]
+            members = {node for node in cyclic if ancestors[node] == ancestors[head]}
+            self.loops.append(Loop(head, members, members | self._side_work(head, members)))
+            self._back |= {(node, head) for node in members}
+            ancestors = self._ancestors_along([e for e in edges if e not in self._back])
         self._body = {loop.head: self._mask(loop.body) for loop in self.loops}  # by head
         self._heads = {  # of the loops that a node is in
             node: self._mask(loop.head for loop in self.loops if node in loop.body)
@@ -518,32 +520,17 @@ class Flow:
                 upstream[target] |= upstream[source] | self.bit[source]
         return upstream
 
-    def _outermost(self, order: Iterable[str], edges: list[tuple[str, str]]) -> Iterator[Loop]:
-        """The loops along these edges that are in no other."""
-        ancestors = self._ancestors_along(edges)
-        seen: set[str] = set()
-        for head in order:
-            if head not in seen and ancestors[head] & self.bit[head]:
-                members = {
-                    n for n in self.members(ancestors[head]) if ancestors[n] & self.bit[head]
-                }
-                seen |= members
-                yield Loop(head, members, members | self._side_work(head, members))
-
     def _side_work(self, head: str, members: set[str]) -> set[str]:
         """Nodes that a loop starts beside itself: each edge to them comes from one of them, or from
-        a member that by the same action also leads to a member; and they do not lead back. Found
-        by leaving out, of all nodes, what is reached in another way."""
-        side = set(self.nodes) - set(self.starts) - set(self.members(self.ancestors[head]))
-        size = -1
-        while size != len(side):
-            size = len(side)
-            for source, by_action in self.targets.items():
-                for targets in by_action.values():
-                    goes_on = source in members and members.intersection(targets)
-                    if not goes_on and source not in side:
-                        side.difference_update(targets)
-        return side
+        a member that by the same action also leads to a member; and they do not lead back. So all
+        nodes but those that are reached in another way."""
+        others = {*self.starts, *self.members(self.ancestors[head])}
+        for node in (queue := [*others]):  # which grows meanwhile
+            for targets in self.targets[node].values():
+                if node not in members or members.isdisjoint(targets):
+                    queue += {*targets} - others
+                    others.update(targets)
+        return self.nodes.keys() - others
 
     # What the checks, and who starts a run, want to know.
 
