@@ -144,11 +144,8 @@ class Context:
     def __getitem__(self, path: str) -> Any:
         """The value at `key`, or inside it at `key/field/0`; KeyError where there is none."""
         key, *steps = path.split("/")
-        text = self.changes.get(key) or self.snapshot.get(key)
-        if text is None:
-            raise KeyError(f"the context has no {key!r}")
-        value = json.loads(text)
         try:
+            value = json.loads(self.changes.get(key) or self.snapshot[key])
             for step in steps:
                 value = value[int(step) if isinstance(value, list) else step]
         except (LookupError, TypeError, ValueError):
