@@ -310,10 +310,10 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
 
 async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> Any:
     work = node.rehearse if ctx.dry_run else node.exec
-    started = time.monotonic()
-    failures = refusals = 0
+    started, failures, backoff = time.monotonic(), 0, node.backoff
     while True:
-        delay = random.uniform(0.5, 1.5) * min(60.0, node.backoff * 2 ** (failures + refusals))
+        delay = random.uniform(0.5, 1.5) * min(60.0, backoff)
+        backoff *= 2
         try:
             async with asyncio.timeout(node.timeout) as limit:
                 return await work(prepared)
@@ -324,18 +324,16 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> 
                 raise  # for this activation is to end
             raise Permanent("it has cancelled itself") from error
         except TryLater as error:  # bounded by time, not by count
-            refusals += 1
-            delay = error.after or delay
-            reason = str(error)
+            reason, delay = str(error), error.after or delay
             if time.monotonic() - started + delay > PATIENCE:
                 raise
         except Exception as error:
+            late = TimeoutError(f"no result within {node.timeout} seconds")
+            cause = late if limit.expired() else error
             failures += 1
-            reason = f"{type(error).__name__}: {error}"
-            if limit.expired():
-                reason = f"no result within {node.timeout} seconds"
             if failures > node.retries:
-                raise (TimeoutError(reason) if limit.expired() else error) from None
+                raise cause from None
+            reason = f"{type(cause).__name__}: {cause}"
         record("retrying", error=reason, delay=round(delay, 3))
         await asyncio.sleep(delay)
 
