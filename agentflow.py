@@ -294,18 +294,18 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
             return replace(prepared, question=as_unicode(prepared.question))
         result = await _attempts(node, ctx, prepared, record)
         action = await node.post(ctx, prepared, result) or DEFAULT
-        if action != DEFAULT and action not in node.actions:
+        if action not in (DEFAULT, *node.actions):
             raise ValueError(f"its action {action!r:.80} is on none of its edges")
         if odd := [used for used in ctx.usage.values() if not isinstance(used, int)]:
             raise ValueError(f"its usage counts whole tokens, not {odd[0]!r:.80}")
-        return Outcome(action, ctx.changes, ctx.usage, time.monotonic() - started)
+        changes = ctx.changes
     except Exception as error:
         kind = "" if isinstance(error, (Permanent, TryLater)) else f"{type(error).__name__}: "
         text = as_unicode(f'node "{node.id}": {kind}{error}'[:2000])
         if ERROR not in node.actions:
             raise RunError(text) from error
-        changes = {node.id: encode(text)}
-        return Outcome(ERROR, changes, ctx.usage, time.monotonic() - started)
+        action, changes = ERROR, {node.id: encode(text)}
+    return Outcome(action, changes, ctx.usage, time.monotonic() - started)
 
 
 async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> Any:
