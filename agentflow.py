@@ -164,6 +164,7 @@ class Context:
 
 DEFAULT = "default"  # the action of a node that answers nothing else, and of a plain edge
 ERROR = "error"  # the action of a node that has failed for good, where an edge carries it
+Record = Callable[..., None]  # records an event of a node: its name, and what belongs to it
 
 
 @dataclass
@@ -261,15 +262,7 @@ class Outcome(NamedTuple):
     action: str
     changes: dict[str, str]  # key: JSON text
     usage: dict[str, int]
-    seconds: float
-
-    def event(self, node: str, visits: Mapping[str, int]) -> dict[str, Any]:
-        """What is recorded of it."""
-        found = {"node": node, "visit": visits.get(node, 1), "action": self.action}
-        return found | {"seconds": round(self.seconds, 3), "usage": self.usage}
-
-
-Record = Callable[..., None]  # records an event of a node: its name, and what belongs to it
+    event: dict[str, Any]  # what is recorded of it
 
 
 async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
@@ -305,7 +298,9 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         if ERROR not in node.actions:
             raise RunError(text) from error
         action, changes = ERROR, {node.id: encode(text)}
-    return Outcome(action, changes, ctx.usage, time.monotonic() - started)
+    event = {"node": node.id, "visit": ctx.visit, "action": action, "usage": ctx.usage}
+    event["seconds"] = round(time.monotonic() - started, 3)
+    return Outcome(action, changes, ctx.usage, event)
 
 
 async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> Any:
@@ -774,12 +769,11 @@ class MemoryRun(Run):
         return json.loads(result_of(self.values, gives))
 
     def _commit(self, node: str, outcome: Outcome) -> list[str]:
-        event = outcome.event(node, self.state.visits)
         self.state, ready = self.flow.advance(self.state, node, outcome.action, new_id())
         self.values = self.values | outcome.changes
         if outcome.usage:
             self.root.usage.update(outcome.usage)
-        self._record("done", **event)
+        self._record("done", **outcome.event)
         if not self.state.tokens:
             self._end(COMPLETED)
         # A failed run keeps what its other nodes still finish, but goes on to nothing.
@@ -1432,7 +1426,7 @@ class View(RedisRun):
             if self.phase == CANCELLED or state.tokens.get(node) != mark:
                 refused[job] = ""
                 continue
-            event = self.event("done", **outcome.event(node, state.visits))
+            event = self.event("done", **outcome.event)
             try:
                 state, nodes = self.flow.advance(state, node, outcome.action, version)
                 ready += [f"{self.id}/{node}/{version}" for node in nodes]
@@ -1673,8 +1667,8 @@ class Worker:
                 self.counts["done"] += len(ended)
                 for job in ready[:room] if reply[0] == RUNNING else ():
                     self._hold(job, view)
-                for job, outcome in ended.items():
-                    log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
+                for job, out in ended.items():
+                    log.info("done %s -> %s in %.3f s", job, out.action, out.event["seconds"])
                     self._forget(job)
                     del view.ended[job]
                 return

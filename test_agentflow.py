@@ -540,7 +540,7 @@ class OneByOne:
                     ctx.results = [*map(Ended.given, ends, out.children)]
                     error = next((end.failure for end in ends if end.failure), "")
                     run.log += itertools.chain(*(end.log for end in ends))
-                run.log.append(event_of("done", run.id, flow.id, **out.event(id, state.visits)))
+                run.log.append(event_of("done", run.id, flow.id, **out.event))
                 state, more = flow.advance(state, id, out.action, "x")
                 values, error = values | out.changes, ""
                 ready += more
@@ -776,12 +776,12 @@ class Hand:
         self.view.update(found, agentflow.pairs(context))
         view, node, version = self.view, job.split("/")[1], new_id()
         results = json.loads(told[0])[1:] if told else None
-        ctx = Context(view.context, job, results=results)
+        ctx = Context(view.context, job, view.state.visits.get(node, 1), results=results)
         outcome = await execute(self.flow.nodes[node], ctx, "", quiet)
         assert isinstance(outcome, Outcome)
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
         a = {"seen": view.version, "version": version, "usage": [], **state._asdict()}
-        a |= {"events": [view.event("done", **outcome.event(node, view.state.visits))]}
+        a |= {"events": [view.event("done", **outcome.event)]}
         a |= {"done": [job], "keep": [], "queue": [f"{view.id}/{n}/{version}" for n in ready]}
         return a | {"values": outcome.changes}
 
