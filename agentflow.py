@@ -690,10 +690,9 @@ class MemoryRun(Run):
         self.root: MemoryRun = parent.root if parent else self  # which has what its children share:
         self.usage, self.log, self.news = Counter[str](), list[Event](), asyncio.Event()
         self.questions: dict[str, asyncio.Future[Any]] = {}  # by run/node
-        self.tasks: set[asyncio.Task[None]] = set()
         self.state, ready = flow.first(new_id())
         self._record("started")
-        self._queue(ready)
+        self.tasks = [asyncio.create_task(self._branch(ready))]  # the event loop would forget them
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
         """What has happened, from the start; to follow it, also what happens until the end."""
@@ -701,9 +700,8 @@ class MemoryRun(Run):
         while (follow and self.phase == RUNNING) or seen < len(self.log):
             if seen == len(self.log):
                 await self.news.wait()
-            for event in self.log[seen:]:
-                seen += 1
-                yield event
+            yield self.log[seen]
+            seen += 1
 
     async def status(self) -> Status:
         """Where the run stands now."""
@@ -718,19 +716,12 @@ class MemoryRun(Run):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
         asked.set_result(json.loads(text))
 
-    def _queue(self, nodes: list[str]) -> None:
-        for node in nodes:
-            task = asyncio.create_task(self._branch(node))
-            self.tasks.add(task)  # the event loop itself would forget it
-            task.add_done_callback(self.tasks.discard)
-
-    async def _branch(self, node: str | None) -> None:
-        """Run a node and, in the same task, the first of those that it leads to, and so on."""
+    async def _branch(self, ready: list[str]) -> None:
+        """Run the first of these nodes, and on from there; the others in tasks of their own."""
         try:
-            while node is not None:
-                ready = self._commit(node, await self._activate(node))
-                self._queue(ready[1:])
-                node = ready[0] if ready else None
+            while ready:
+                self.tasks += [asyncio.create_task(self._branch([node])) for node in ready[1:]]
+                ready = self._commit(ready[0], await self._activate(ready[0]))
         except RunError as error:
             self._end(FAILED, str(error))
 
@@ -752,27 +743,23 @@ class MemoryRun(Run):
 
     async def _wait_for(self, job: str, node: str, park: Park) -> list[Any]:
         if park.question:
-            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            self.root.questions[f"{self.id}/{node}"] = answer
+            self.root.questions[f"{self.id}/{node}"] = answer = asyncio.Future[Any]()
             return [await answer]
-        given = []
-        for i, child in enumerate(park.children):
-            flow, id = self.flow.registry[child.flow], child_id(job, i)
-            run = MemoryRun(id, flow, child.values, self.dry_run, self.slots, self)
-            given.append(run._given(child.gives))
-        return await asyncio.gather(*given)  # or until the first one has failed
+        ids = [child_id(job, i) for i in range(len(park.children))]
+        return await asyncio.gather(*map(self._child, ids, park.children))  # or the first failure
 
-    async def _given(self, gives: list[str] | None) -> Any:
-        await self.over.wait()
-        if self.phase != COMPLETED:
-            raise RunError(failure_of(self.id, self.flow.id, self.phase, self.error))
-        return json.loads(result_of(self.values, gives))
+    async def _child(self, id: str, child: Child) -> Any:
+        flow = self.flow.registry[child.flow]
+        run = MemoryRun(id, flow, child.values, self.dry_run, self.slots, self)
+        await run.over.wait()
+        if run.phase != COMPLETED:
+            raise RunError(failure_of(id, flow.id, run.phase, run.error))
+        return json.loads(result_of(run.values, child.gives))
 
     def _commit(self, node: str, outcome: Outcome) -> list[str]:
         self.state, ready = self.flow.advance(self.state, node, outcome.action, new_id())
         self.values = self.values | outcome.changes
-        if outcome.usage:
-            self.root.usage.update(outcome.usage)
+        self.root.usage.update(outcome.usage)
         self._record("done", **outcome.event)
         if not self.state.tokens:
             self._end(COMPLETED)
@@ -786,8 +773,7 @@ class MemoryRun(Run):
             self.over.set()
 
     def _record(self, event: str, **more: Any) -> None:
-        at = {"at": time.time()}
-        self.root.log.append(at | event_of(event, self.id, self.flow.id, **more))
+        self.root.log.append(event_of(event, self.id, self.flow.id, at=time.time(), **more))
         self.root.news.set()  # wakes who waits now,
         self.root.news.clear()  # and nobody later
 
