@@ -388,7 +388,7 @@ class Flow:
 
     def new_context(self, inputs: Mapping[str, Any]) -> dict[str, str]:
         """A new run's context, as JSON texts. RunError where an input is missing or not JSON."""
-        if missing := sorted(self.needs - self.inputs.keys() - inputs.keys()):
+        if missing := sorted(self.needs - inputs.keys()):
             mend = " ".join(f"--input {name}=..." for name in missing)
             raise RunError(f'flow "{self.id}" lacks an input: {", ".join(missing)}; give {mend}')
         ctx = Context({})
@@ -534,18 +534,16 @@ class Flow:
             given = set(self.inputs).union(*(writes[n] for n in self.members(self.ancestors[node])))
             for paths in step.inputs.values():
                 keys = [path.partition("/")[0] for path in paths]
-                needs |= set() if given.intersection(keys) else {keys[0]}
+                if given.isdisjoint(keys):
+                    needs.add(keys[0])
         return needs
-
-    def children(self) -> set[str]:
-        """The flows that its nodes may run as children."""
-        return {flow for node in self.nodes.values() for flow in node.runs()}
 
     @cached_property
     def bundle(self) -> tuple[str, str]:
         """What a run carries: the JSON of its graph and its sub-flows', after its SHA-256."""
         for id in (wanted := [self.id]):  # which grows meanwhile
-            wanted += [child for child in self.registry[id].children() if child not in wanted]
+            for node in self.registry[id].nodes.values():
+                wanted += [child for child in node.runs() if child not in wanted]
         text = encode({id: self.registry[id].graph for id in sorted(wanted)})
         return hashlib.sha256(text.encode()).hexdigest(), text
 

@@ -275,8 +275,8 @@ def check(registry: Registry, id: str) -> list[str]:
             places = {node: f"$.nodes[{i}]" for i, node in enumerate(flow.nodes)}
             for part in (check_nodes, check_loops, check_keys):
                 found += [(flow_id, finding) for finding in part(flow, places)]
-            children = sorted(flow.children() & registry.graphs.keys())
-            wanted += [child for child in children if child not in wanted]
+            children = {child for node in flow.nodes.values() for child in node.runs()}
+            wanted += sorted(children & (registry.graphs.keys() - {*wanted}))
     for flow_id in flows:
         for child in (certain := [flow_id]):
             more = unavoidable(flows[child]) if child in flows else set()
