@@ -20,17 +20,14 @@ The words, each with an example:
     action    what a node answers                               "default", "more", "error"
     context   a run's data: string keys, JSON values            {"name": "Ada"}
     run       one execution of a flow                           "5f0c1a..."
-    token     stands at a node, one at most; its mark is        {"hello": "8d1f03..."}
-              "waiting", "returned" (to the head of a loop),
-              or, while the node is active, a random id
-    job       one activation of one node: run/node/mark;        "5f0c1a.../hello/8d1f03..."
-              what the queue moves, and an idempotency key
+    token     stands at a node, one at most, with a mark:       {"hello": "8d1f03..."}
+              "waiting", "returned" (to a loop's head) or, at an active node, a random id
+    job       one activation of one node: run/node/mark         "5f0c1a.../hello/8d1f03..."
     visit     which activation of its node this is since its loop was entered; 1 outside of loops
     child     a run that a node has started, and waits for; the root is the run that a user started
     parked    so is a job that waits for its children or for a person; no worker has it
     custody   a worker's, of the jobs in its own list, from taking them to their end
     delivery  one time that a job is taken: a second one follows when the first one's worker dies
-    executor  where a flow runs: InMemoryExecutor, RedisExecutor, or one of your own
 
 What holds, whatever is killed, whenever; each is named where it is upheld:
 
@@ -102,8 +99,8 @@ class TryLater(Exception):
 
 
 # ── 1. Context ───────────────────────────────────────────────────────────────────────────────
-# A run's data. Values are kept as JSON text everywhere, so that both executors are equally
-# strict: reading decodes a fresh copy, writing encodes at once, and nobody shares an object.
+# A run's data. Values are kept as JSON text everywhere, so that both executors are equally strict
+# and nobody shares an object.
 
 encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -126,11 +123,8 @@ def as_unicode(text: str) -> str:
 
 @dataclass
 class Context:
-    """A node's view of its run: a snapshot of the data, and what the node writes itself.
-
-    Only the keys that were written are committed, and only when the node has succeeded. A value
-    that was read is a copy: changing it changes nothing until it is written back.
-    """
+    """A node's view of its run. What it writes is committed only when it has succeeded; a value
+    that it has read is a copy: changing it changes nothing until it is written back."""
 
     snapshot: dict[str, str]  # key: JSON text; shared with other nodes, therefore never written
     job: str = ""  # run/node/mark: the same in every delivery, an idempotency key
@@ -267,9 +261,7 @@ class Outcome(NamedTuple):
 
 async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
     """One activation of a node, the same in every executor (I4); `failure` is that of a child.
-
-    RunError when it has failed for good and none of its edges carries the action `error`.
-    """
+    RunError when it has failed for good and none of its edges carries the action `error`."""
     started = time.monotonic()
     try:
         if failure:
