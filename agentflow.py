@@ -58,7 +58,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -158,7 +158,7 @@ class Context:
 
 DEFAULT = "default"  # the action of a node that answers nothing else, and of a plain edge
 ERROR = "error"  # the action of a node that has failed for good, where an edge carries it
-Record = Callable[..., None]  # records an event of a node: its name, and what belongs to it
+Record = Callable[..., None]  # records an event: its name, and what belongs to it
 
 
 @dataclass
@@ -321,7 +321,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> 
             if failures > node.retries:
                 raise cause from None
             reason = f"{type(cause).__name__}: {cause}"
-        record("retrying", error=reason, delay=round(delay, 3))
+        record("retrying", node=node.id, error=reason, delay=round(delay, 3))
         await asyncio.sleep(delay)
 
 
@@ -514,7 +514,7 @@ class Flow:
                     others.update(targets)
         return self.nodes.keys() - others
 
-    # What the checks, and who starts a run, want to know.
+    # What who starts a run wants to know.
 
     @cached_property
     def needs(self) -> set[str]:
@@ -717,15 +717,14 @@ class MemoryRun(Run):
 
     async def _activate(self, id: str) -> Outcome:
         node, visit = self.flow.nodes[id], self.state.visits.get(id, 1)
-        record = partial(self._record, node=id)
         job, failure, results = f"{self.id}/{id}/{self.state.tokens[id]}", "", None
         while True:
             ctx = Context(self.values, job, visit, self.dry_run, self.depth, results)
             async with self.slots:
-                outcome = await execute(node, ctx, failure, record)
+                outcome = await execute(node, ctx, failure, self._record)
             if isinstance(outcome, Outcome):
                 return outcome
-            record("parked", question=outcome.question)
+            self._record("parked", node=id, question=outcome.question)
             try:
                 results = await self._wait_for(job, id, outcome)
             except RunError as error:
@@ -1606,7 +1605,7 @@ class Worker:
 
         def record(event: str, **more: Any) -> None:
             """Record an event of the node; nobody waits for it."""
-            text = view.event(event, node=node.id, **more)
+            text = view.event(event, **more)
             self.send(
                 "XADD", view.keys[EVENTS], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text
             )
