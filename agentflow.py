@@ -369,10 +369,7 @@ class Flow:
         self._analyse()
 
     async def run(
-        self,
-        inputs: Mapping[str, Any] = {},
-        executor: Executor | None = None,
-        dry_run: bool = False,
+        self, inputs: dict[str, Any] = {}, executor: Executor | None = None, dry_run: bool = False
     ) -> Run:
         """Start a run with these inputs over the graph's own, in this process unless told
         otherwise. RunError where an input is missing or not JSON."""
