@@ -359,8 +359,7 @@ class Flow:
     def __init__(self, id: str, graph: Mapping[str, Any], registry: Registry) -> None:
         self.id, self.graph, self.registry = id, graph, registry
         self.inputs: dict[str, Any] = graph.get("inputs", {})
-        self.targets: dict[str, dict[str, list[str]]]  # source: {action: targets}
-        self.targets = {str(spec["id"]): {} for spec in graph["nodes"]}
+        self.targets = {str(spec["id"]): dict[str, list[str]]() for spec in graph["nodes"]}
         for edge in graph.get("edges", []):
             by_action = self.targets[str(edge["source"])]
             by_action.setdefault(edge.get("action", DEFAULT), []).append(str(edge["target"]))
@@ -457,8 +456,7 @@ class Flow:
         edges = [(source, target) for source in order for target in self.leads_to(source)]
         # A loop nesting forest (Steensgaard 1993): a cycle's head is its member that is reached
         # first; without the edges back to the heads, the same again finds the loops inside.
-        self.loops: list[Loop] = []
-        self._back: set[tuple[str, str]] = set()
+        self.loops, self._back = list[Loop](), set[tuple[str, str]]()
         ancestors = self.ancestors
         while cyclic := [node for node in order if ancestors[node] & self.bit[node]]:
             head = cyclic[0]
