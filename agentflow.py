@@ -1013,16 +1013,15 @@ COMMIT = Script("""
 if call('HGET', run, 'version') ~= a.seen then
   return {call('HGETALL', run), call('HGETALL', context)}
 end
+for kind, count in pairs(call('EXISTS', root) == 1 and a.usage or {}) do
+  call('HINCRBY', root, 'usage ' .. kind, count)
+end
 call('LREM', mine, 0, a.job)
 put_context()
 call('HSET', run, 'version', a.version, 'state', a.state)
-if call('EXISTS', root) == 1 then
-  for kind, count in pairs(a.usage) do call('HINCRBY', root, 'usage ' .. kind, count) end
-end
 record(a.done)
 push(mine, a.keep)
 push(ready, a.queue)
-expire(30)
 if a.status then
   call('DEL', parked)
   finish()
@@ -1030,6 +1029,8 @@ if a.status then
     call('COPY', events, KEYS[12], 'REPLACE')
     call('RENAME', KEYS[12], events)
   end
+else
+  expire(30)
 end
 return {}
 """)
@@ -1288,7 +1289,7 @@ class RedisRun(Run):
         root, parent = key("run", origin.root), key("run", parent)
         self.keys = [*executor.keys(id), f"{root}:events", root, key("graph", origin.graph)]
         self.keys += [parent, f"{parent}:parked"]
-        self.reads = 0  # how often this was read:
+        self.reads = self.pending = 0  # how often this was read:
         self.fields, self.context = dict[str, str](), dict[str, str]()
         self.version, self.phase, self.state = "", "", State({}, {})
 
@@ -1568,7 +1569,8 @@ class Worker:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(job, run, text)
             return None
-        run.update(fields, context)
+        if not run.pending or run.state.tokens.get(name) != mark:  # else this is older, if anything
+            run.update(fields, context)
         if run.phase != RUNNING or run.state.tokens.get(name) != mark:  # a resume queues it anew
             await self._give_back(job)
             return None
@@ -1629,7 +1631,9 @@ class Worker:
             self.held |= {other: Held() for other in kept}  # so that their room is not given twice
             a |= {"keep": [*kept], "queue": ready[room:]}
             reads, copy = run.reads, run.keys[EVENTS] + ":copy"
+            run.pending += 1
             found = await run.change(COMMIT, copy, values=outcome.changes, **a)
+            run.pending -= 1
             if not found:
                 self.counts["done"] += 1
                 log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
