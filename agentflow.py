@@ -1289,7 +1289,7 @@ class RedisRun(Run):
         root, parent = key("run", origin.root), key("run", parent)
         self.keys = [*executor.keys(id), f"{root}:events", root, key("graph", origin.graph)]
         self.keys += [parent, f"{parent}:parked"]
-        self.reads = self.pending = 0  # how often this was read:
+        self.turn = asyncio.Lock()  # of a worker's commits
         self.fields, self.context = dict[str, str](), dict[str, str]()
         self.version, self.phase, self.state = "", "", State({}, {})
 
@@ -1327,7 +1327,6 @@ class RedisRun(Run):
 
     def update(self, fields: Any, context: Any) -> None:
         """Take over what READ, or a COMMIT that came too late, has found."""
-        self.reads += 1
         self.fields, self.context = pairs(fields), pairs(context)
         self.version, self.phase = self.fields.get("version", ""), self.fields.get("status", "")
         self.state = State(**json.loads(self.fields.get("state", '{"tokens":{},"visits":{}}')))
@@ -1563,14 +1562,13 @@ class Worker:
         origin = Origin(**json.loads(pairs(fields)["origin"]))
         run = self._runs.get(id) or RedisRun(self.executor, id, origin)
         self._runs[id] = run
+        run.update(fields, context)  # at once, for this is soon out of date
         try:
             node = (await self._flow(origin)).nodes[name]
         except Exception as error:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(job, run, text)
             return None
-        if not run.pending or run.state.tokens.get(name) != mark:  # else this is older, if anything
-            run.update(fields, context)
         if run.phase != RUNNING or run.state.tokens.get(name) != mark:  # a resume queues it anew
             await self._give_back(job)
             return None
@@ -1622,53 +1620,50 @@ class Worker:
             held.executing = None
 
     async def _commit(self, job: str, claimed: Claimed, outcome: Outcome) -> None:
-        """Record what an activation came to, decided anew whenever the run has moved."""
-        run, nodes = claimed.run, claimed.node.flow.nodes
-        while decision := self._decide(job, claimed, outcome):
-            a, ready = decision
-            room = 0 if self.stopping or self._suspect else max(0, self._room() + 1)
-            kept = {j: self._claimed(j, run, nodes[j.split("/")[1]]) for j in ready[:room]}
-            self.held |= {other: Held() for other in kept}  # so that their room is not given twice
-            a |= {"keep": [*kept], "queue": ready[room:]}
-            reads, copy = run.reads, run.keys[EVENTS] + ":copy"
-            run.pending += 1
-            found = await run.change(COMMIT, copy, values=outcome.changes, **a)
-            run.pending -= 1
-            if not found:
-                self.counts["done"] += 1
-                log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
-                self._forget(job)
-                for other, its in kept.items():
-                    self._begin(other, its)
-                return
-            for other in kept:
-                del self.held[other]
-            if reads == run.reads:  # else another commit, or a claim, has heard of it already
+        """Record what an activation came to, decided anew whenever the run has moved. The commits
+        of a run take turns: each is decided from what the one before it has left."""
+        run, nodes, copy = claimed.run, claimed.node.flow.nodes, claimed.run.keys[EVENTS] + ":copy"
+        async with run.turn:
+            while decision := self._decide(job, claimed, outcome):
+                state, context, ready, a = decision
+                keep = ready[: 0 if self.stopping or self._suspect else max(0, self._room() + 1)]
+                self.held |= {other: Held() for other in keep}  # lest their room be given twice
+                a |= {"keep": keep, "queue": ready[len(keep) :]}
+                found = await run.change(COMMIT, copy, values=outcome.changes, **a)
+                for other in keep:
+                    del self.held[other]
+                if not found:
+                    run.version, run.state, run.context = a["version"], state, context
+                    self.counts["done"] += 1
+                    log.info("done %s -> %s in %.3f s", job, outcome.action, outcome.seconds)
+                    self._forget(job)
+                    for other in keep:
+                        self._begin(other, self._claimed(other, run, nodes[other.split("/")[1]]))
+                    return
                 run.update(*found)
         self.counts["refused"] += 1
         await self._give_back(job)
 
     def _decide(
         self, job: str, claimed: Claimed, outcome: Outcome
-    ) -> tuple[dict[str, Any], list[str]] | None:
-        """What COMMIT is to write, and the jobs that may then run; None if there is nothing to
-        commit any more. The run is taken to stand there already, so that what ends next is decided
-        from it and sent at once: should this one be refused, so are those."""
+    ) -> tuple[State, dict[str, str], list[str], dict[str, Any]] | None:
+        """What an activation that has ended leads to: the state, the context, the jobs that may
+        then run, and what COMMIT is told; None if it cannot be committed any more."""
         run, (_, node, mark) = claimed.run, job.split("/")
         if run.phase not in (RUNNING, FAILED) or run.state.tokens.get(node) != mark:
             return None
         seen, version = run.version, new_id()
-        state, ready = claimed.node.flow.advance(run.state, node, outcome.action, version)
+        state, nodes = claimed.node.flow.advance(run.state, node, outcome.action, version)
         if run.phase == FAILED and not state.tokens:
             return None  # its last token: a resume goes on from it
+        context = run.context | outcome.changes
         done = run.event("done", **outcome.event(node, run.state.visits))
-        run.version, run.state, run.context = version, state, run.context | outcome.changes
         a = {"seen": seen, "version": version, "job": job, "usage": outcome.usage, "done": done}
         a["state"] = encode(state._asdict())
         if not state.tokens:
-            a |= run.end(COMPLETED, result=result_of(run.context, run.origin.gives))
+            a |= run.end(COMPLETED, result=result_of(context, run.origin.gives))
         # A failed run keeps what its other nodes still finish, but goes on to nothing.
-        return a, run.jobs(ready, version) if run.phase == RUNNING else []
+        return state, context, run.jobs(nodes, version) if run.phase == RUNNING else [], a
 
     async def _park(self, job: str, claimed: Claimed, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
