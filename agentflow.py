@@ -56,7 +56,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -334,7 +334,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> 
 # So a join waits for exactly the branches that were taken. (In the literature: van der Aalst's
 # synchronizing merge, BPMN's inclusive gateway.) Sets of nodes are bit masks: Python ints.
 
-WAITING, RETURNED = "waiting", "returned"  # any other mark is that of an active token
+WAITING, RETURNED = IDLE = "waiting", "returned"  # any other mark is that of an active token
 
 
 class State(NamedTuple):
@@ -773,7 +773,7 @@ class MemoryRun(Run):
 #   workers                sorted set  who exists, by when they were last heard of
 #   worker:<worker>        string      there while the worker lives (a TTL): what it is doing
 #   runs                   sorted set  runs that a user started, by the time of starting
-#   run:<id>               hash        origin, status, version, tokens, visits, steps, error, usage
+#   run:<id>               hash        origin, status, version, state, crashes, error, usage
 #   run:<id>:context       hash        one field a context key: its value as JSON text
 #   run:<id>:parked        hash        what parked jobs wait for, and what has come of it
 #   run:<id>:events        stream      what happened to a root run and its children, capped
@@ -782,11 +782,11 @@ class MemoryRun(Run):
 # LPUSH puts into a list on the left. BLMOVE waits for a job on the right of `ready` and moves it
 # into another list, in one step: so no worker's death can lose a job (I2).
 #
-#   ready --BLMOVE, TAKE--> processing:<worker> --CLAIM--> prep, exec, post --COMMIT--> gone
-#     '<----GIVE_BACK------------'
+#   ready --BLMOVE, TAKE--> processing:<worker> --READ--> prep, exec, post --COMMIT--> gone
+#     '<------RELEASE------------'
 #
 # COMMIT puts the successors into ready or, as many as its worker has room for, into that worker's
-# own list, where they need no CLAIM.
+# own list, where they need no READ.
 #
 # Fields of a job in run:<id>:parked. <job>: what it asks, or ''. <job> count: its children, or 1.
 # <job> left: 0 or less as soon as it has something to read. <job> <i>: what child i, or a person,
@@ -809,41 +809,35 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS begin in this order (`.. parked`: up to that one), but for TAKE and BEAT,
-# which are about no run. Arguments are one JSON object, `a`; context keys and values follow as they
-# are, because Lua would make {} of [] and round integers.
-RUN, PARKED, EVENTS = 0, 2, 5  # where in a run's keys these are
+# What scripts share. KEYS begin in this order (`.. heartbeat`: up to that one), but for TAKE and
+# BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and values follow
+# as they are, because Lua would make {} of [] and round integers; nor does it look into a state.
+RUN, PARKED, EVENTS, GRAPH = 0, 2, 6, 8  # where in a run's keys these are
 SHARED = """
-local run, context, parked, ready, mine, events, root, parent, parents_parked = unpack(KEYS)
+local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked =
+  unpack(KEYS)
 local call, a = redis.call, cjson.decode(ARGV[1])
 
 local function push(list, jobs)
   for _, job in ipairs(jobs) do call('LPUSH', list, job) end
 end
-local function record(texts)
+local function record(text)
   if call('EXISTS', root) == 0 then return end  -- a child may outlive its root (I5)
-  for _, text in ipairs(texts) do call('XADD', events, 'MAXLEN', '~', 10000, '*', 'event', text) end
-end
-local function put_state(...)
-  call('HSET', run, 'version', a.version, 'steps', a.steps,
-       'tokens', cjson.encode(a.tokens), 'visits', cjson.encode(a.visits), ...)
+  call('XADD', events, 'MAXLEN', '~', 10000, '*', 'event', text)
 end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
-  call('EXPIRE', context, 30 * 86400)  -- because this may have made it (I5)
 end
-local function expire(days)  -- a child's events are its root's
-  for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
-  if run == root then
-    call('EXPIRE', events, days * 86400)
-  elseif call('HGET', root, 'status') == 'running' then
-    call('EXPIRE', events, 30 * 86400)
+local function expire(days)  -- after each step of a run, and so of all that the step has made (I5)
+  for _, key in ipairs({run, context, parked, run == root and events or run}) do
+    call('EXPIRE', key, days * 86400)
   end
+  call('EXPIRE', graph, 30 * 86400)  -- other runs may have it, too
 end
 local function is_active(run, job)  -- its token is still there, and the run is running
   local node, mark = string.match(job, '/(.*)/(.*)')
-  local found = call('HMGET', run, 'status', 'tokens')
-  return found[1] == 'running' and cjson.decode(found[2])[node] == mark
+  local found = call('HMGET', run, 'status', 'state')
+  return found[1] == 'running' and cjson.decode(found[2]).tokens[node] == mark
 end
 -- What a job waits for is written once, and before any child that will give it is there: whoever
 -- cancels the run must find the children. `left` says how many are to come before the job has
@@ -871,9 +865,9 @@ local function tell(run, parked, job, index, status)
 end
 local function finish()
   call('HSET', run, 'status', a.status, 'version', a.version, 'error', a.error)
-  record({a.event})
+  record(a.event)
   if a.parent ~= '' then tell(parent, parents_parked, a.parent, a.index, a.status) end
-  if a.status ~= 'failed' then expire(7) end
+  expire(a.status == 'failed' and 30 or 7)
 end
 """
 
@@ -893,8 +887,8 @@ class Script:
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active,
 # and has not been told of it (I1). How many children a job has, is settled by the first one.
-#   KEYS  .. parents_parked, graph, runs
-#   a     run version origin tokens visits steps jobs event parent, graph or index count
+#   KEYS  .. parents_parked, runs
+#   a     run version origin state jobs event parent, text or index count
 START = Script("""
 if call('EXISTS', run) == 1 then return 0 end
 if a.parent ~= '' then
@@ -903,16 +897,17 @@ if a.parent ~= '' then
   if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return 0 end
 end
 local now = call('TIME')[1]
-put_state('status', 'running', 'origin', a.origin, 'created', now)
+call('HSET', run, 'status', 'running', 'version', a.version, 'state', a.state,
+     'origin', a.origin, 'created', now)
 put_context()
 push(ready, a.jobs)
-record({a.event})
-call('EXPIRE', run, 30 * 86400)
+record(a.event)
 if a.parent == '' then
-  call('EXPIRE', events, 30 * 86400)
-  call('SET', KEYS[10], a.graph, 'EX', 30 * 86400)
-  call('ZADD', KEYS[11], now, a.run)
+  call('SET', graph, a.text)
+  call('ZADD', KEYS[12], now, a.run)
+  call('ZREMRANGEBYSCORE', KEYS[12], '-inf', now - 30 * 86400)
 end
+expire(30)
 return 1
 """)
 
@@ -930,50 +925,49 @@ end
 return jobs
 """)
 
-# CLAIM reads what is needed to run a job.
+# READ gives a run as it is at one instant: its fields, its context, and what one of its jobs, if
+# one is named, was told.
 #   KEYS  .. parked
 #   a     job
-#   gives version, status, tokens, visits, steps, origin; context; crashes of the job; its news
-CLAIM = Script("""
-local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
-local crashes = call('HGET', run, 'crashes ' .. a.job) or 0
+READ = Script("""
 local told = {}
 for i = 1, call('HGET', parked, a.job .. ' count') or 0 do
   told[i] = call('HGET', parked, a.job .. ' ' .. i - 1) or 'null'
 end
-return {found, call('HGETALL', context), tonumber(crashes), told}
+return {call('HGETALL', run), call('HGETALL', context), told}
 """)
 
 # COMMIT is the only way in which a run moves: all of it if the run's version is still the one that
 # the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
-# whoever commits it first wins. A failed run keeps what its jobs still finish, and queues nothing.
+# whoever commits it first wins. Each change of a run's status, state or parked jobs is a new
+# version, drawn at random: a Redis that lost its last second would give a number a second time.
 #   KEYS  .. parents_parked, copy
-#   a     seen version done tokens visits steps usage events keep queue,
-#         status error event parent index told
-#   gives the status, or as CLAIM does what stands there instead
+#   a     seen version job state usage done keep queue, status error event parent index told
+#   gives nothing, or what stands there instead, as READ does
 COMMIT = Script("""
-local found = call('HMGET', run, 'version', 'status', 'tokens', 'visits', 'steps', 'origin')
-if found[1] ~= a.seen then return {found, call('HGETALL', context)} end
-for _, used in ipairs(call('EXISTS', root) == 1 and a.usage or {}) do
-  for kind, count in pairs(used) do call('HINCRBY', root, 'usage ' .. kind, count) end
+if call('HGET', run, 'version') ~= a.seen then
+  return {call('HGETALL', run), call('HGETALL', context)}
 end
-for _, job in ipairs(a.done) do call('LREM', mine, 0, job) end
+for kind, count in pairs(call('EXISTS', root) == 1 and a.usage or {}) do
+  call('HINCRBY', root, 'usage ' .. kind, count)
+end
+call('LREM', mine, 0, a.job)
 put_context()
-put_state()
-record(a.events)
-if found[2] == 'running' then
-  push(mine, a.keep)
-  push(ready, a.queue)
-  if a.status then
-    call('DEL', parked)
-    finish()
-    if run == root then  -- a stream has a block of 4 KiB; a copy has no more than it needs
-      call('COPY', events, KEYS[10], 'REPLACE')
-      call('RENAME', KEYS[10], events)
-    end
+call('HSET', run, 'version', a.version, 'state', a.state)
+record(a.done)
+push(mine, a.keep)
+push(ready, a.queue)
+if a.status then
+  call('DEL', parked)
+  finish()
+  if run == root then  -- a stream has a block of 4 KiB; a copy has no more than it needs
+    call('COPY', events, KEYS[12], 'REPLACE')
+    call('RENAME', KEYS[12], events)
   end
+else
+  expire(30)
 end
-return {found[2]}
+return {}
 """)
 
 # END ends a run: without a job as cancelled, for good; with one as failed, until a resume. Only its
@@ -987,39 +981,35 @@ if a.job and call('LREM', mine, 0, a.job) == 0 then return end
 local status, version = unpack(call('HMGET', run, 'status', 'version'))
 if version == a.version then return 'running' end  -- sent again, for its reply was lost
 if status == 'failed' and a.job then
-  record({a.event})
+  record(a.event)
 elseif status == 'failed' or status == 'running' and (not a.job or is_active(run, a.job)) then
   finish()
 end
 return status
 """)
 
-# PARK ends the custody of a job until there is something for it to read; if there is already, the
-# job is queued (I2: out of one place and into another).
-#   KEYS  .. root
-#   a     job version count question event
-PARK = Script("""
-if call('LREM', mine, 0, a.job) == 0 or not is_active(run, a.job) then return end
-expect(parked, a.job)
-call('HSET', run, 'version', a.version)
-record({a.event})
-if tonumber(call('HGET', parked, a.job .. ' left')) <= 0 then
-  push(ready, {a.job})
-else
-  call('HSET', parked, a.job .. ' is parked', 1)
-end
-""")
-
-# GIVE_BACK moves a job from a worker's list to where it is taken next (I2); with `drop` only if its
-# token is still active, with `dead` only while the worker's heartbeat is missing. `crashed` counts.
-#   KEYS  .. mine, heartbeat
-#   a     job crashed dead drop
+# RELEASE takes a job from a worker's list and puts it where it belongs (I2): back to where jobs are
+# taken next or, with a `count` of what it waits for, aside, until it has something to read. If
+# nothing is left to do, it goes nowhere: a resume queues it anew. That of a `dead` worker is taken
+# only while its heartbeat is missing; `crashed` counts.
+#   KEYS  .. heartbeat, or .. root for a job that waits
+#   a     job dead crashed, version count question event
 #   gives 1 if it was in custody
-GIVE_BACK = Script("""
-if a.dead and call('EXISTS', KEYS[6]) == 1 then return 0 end
+RELEASE = Script("""
+if a.dead and call('EXISTS', heartbeat) == 1 then return 0 end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
-if a.crashed and call('EXISTS', run) == 1 then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
-if not a.drop or is_active(run, a.job) then call('RPUSH', ready, a.job) end
+if not is_active(run, a.job) then return 1 end
+if a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
+if a.count then
+  expect(parked, a.job)
+  call('HSET', run, 'version', a.version)
+  record(a.event)
+  if tonumber(call('HGET', parked, a.job .. ' left')) > 0 then
+    call('HSET', parked, a.job .. ' is parked', 1)
+    return 1
+  end
+end
+call('RPUSH', ready, a.job)
 return 1
 """)
 
@@ -1032,35 +1022,29 @@ redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
 redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
-# RESUME queues each active token of a failed run anew, its crashes forgotten; if a worker still has
-# the job, the token decides whose commit counts (I1). A child takes back what it told its parent,
-# which then waits for it again.
+# RESUME lets a failed run go on, if its version is still the one that was read: its active jobs are
+# queued anew, its crashes forgotten; if a worker still has one, the token decides whose commit
+# counts (I1). A child takes back what it told its parent, which then waits for it again.
 #   KEYS  .. parents_parked
-#   a     run version event parent index
-#   gives the status that it found
+#   a     seen version state jobs forget event parent index
+#   gives 1 if it did
 RESUME = Script("""
-local found = call('HMGET', run, 'status', 'tokens', 'resumed')
-if found[3] == a.version then return 'failed' end  -- sent again, for its reply was lost
-if found[1] ~= 'failed' then return found[1] end
-for _, name in ipairs(call('HKEYS', run)) do
-  if string.match(name, '^crashes ') or name == 'error' then call('HDEL', run, name) end
-end
-call('HSET', run, 'status', 'running', 'version', a.version, 'resumed', a.version, 'steps', 0)
+local version, resumed = unpack(call('HMGET', run, 'version', 'resumed'))
+if resumed == a.version then return 1 end  -- sent again, for its reply was lost
+if version ~= a.seen then return 0 end
+call('HDEL', run, unpack(a.forget))
+call('HSET', run, 'status', 'running', 'version', a.version, 'resumed', a.version,
+     'state', a.state)
 put_context()
 if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) == 1 then
   local count = call('HGET', parents_parked, a.parent .. ' count')
   call('HINCRBY', parents_parked, a.parent .. ' left', count)
 end
-for node, mark in pairs(cjson.decode(found[2])) do
-  if mark ~= 'waiting' and mark ~= 'returned' then
-    local job = a.run .. '/' .. node .. '/' .. mark
-    call('HDEL', parked, job .. ' is parked')
-    push(ready, {job})
-  end
-end
-record({a.event})
+for _, job in ipairs(a.jobs) do call('HDEL', parked, job .. ' is parked') end
+push(ready, a.jobs)
+record(a.event)
 expire(30)
-return found[1]
+return 1
 """)
 
 # ANSWER gives a person's answer to the job that asked.
@@ -1071,21 +1055,8 @@ ANSWER = Script("""
 if call('HGET', run, 'version') == a.version then return 1 end  -- sent again
 if not is_active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
 if tell(run, parked, a.job, 0, 'completed') == 0 then return 0 end
-record({a.event})
+record(a.event)
 return 1
-""")
-
-# KEEP refreshes the TTLs of a running run (I5); one that has just ended keeps its shorter ones.
-#   KEYS  .. parents_parked, graph
-#   a     days
-#   gives the run's status
-KEEP = Script("""
-local status = call('HGET', run, 'status')
-if status == 'running' then
-  expire(a.days)
-  call('EXPIRE', KEYS[10], a.days * 86400)
-end
-return status
 """)
 
 SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)]
@@ -1219,8 +1190,10 @@ class RedisExecutor:
 
     def keys(self, run: str, worker: str = "") -> list[str]:
         """The keys of a run, and of its jobs' custody, in the order that scripts know."""
-        key, custody = f"{self.prefix}run:{run}", f"{self.prefix}processing:{worker or self.name}"
-        return [key, f"{key}:context", f"{key}:parked", f"{self.prefix}ready", custody]
+        prefix, worker = self.prefix, worker or self.name
+        key, custody = f"{prefix}run:{run}", f"{prefix}processing:{worker}"
+        heartbeat = f"{prefix}worker:{worker}"
+        return [key, f"{key}:context", f"{key}:parked", f"{prefix}ready", custody, heartbeat]
 
     async def open(self) -> None:
         """Find out at once whether Redis is there and will do: RedisError where not."""
@@ -1232,7 +1205,7 @@ class RedisExecutor:
         digest, graph = flow.bundle
         id = new_id()
         run = RedisRun(self, id, Origin(flow.id, digest, id, dry_run))
-        await run.start(flow, flow.new_context(inputs), graph=graph)
+        await run.start(flow, flow.new_context(inputs), text=graph)
         return run
 
     async def find(self, id: str) -> RedisRun | None:
@@ -1247,9 +1220,13 @@ class RedisRun(Run):
 
     def __init__(self, executor: RedisExecutor, id: str, origin: Origin) -> None:
         self.executor, self.id, self.origin = executor, id, origin
-        root = executor.key("run", origin.root)
-        parent = executor.key("run", origin.parent.partition("/")[0] or id)
-        self.keys = [*executor.keys(id), f"{root}:events", root, parent, f"{parent}:parked"]
+        key, parent = executor.key, origin.parent.partition("/")[0] or id
+        root, parent = key("run", origin.root), key("run", parent)
+        self.keys = [*executor.keys(id), f"{root}:events", root, key("graph", origin.graph)]
+        self.keys += [parent, f"{parent}:parked"]
+        self.turn = asyncio.Lock()  # of a worker's commits
+        self.fields, self.context = dict[str, str](), dict[str, str]()
+        self.version, self.phase, self.state = "", "", State({}, {})
 
     def change(
         self, script: Script, *keys: str, values: Mapping[str, str] = {}, **a: Any
@@ -1270,25 +1247,38 @@ class RedisRun(Run):
         event = self.event(status, error=error)
         return {"status": status, "error": error, "event": event, "told": f'["{status}",{told}]'}
 
+    def jobs(self, nodes: Iterable[str], mark: str) -> list[str]:
+        """The jobs of nodes that have been made active with this mark."""
+        return [f"{self.id}/{node}/{mark}" for node in nodes]
+
     def start(self, flow: Flow, values: dict[str, str], **more: Any) -> asyncio.Future[Any]:
-        """Make the run: a user's with its `graph`, or a child with the `count` of them."""
+        """Make the run: a user's with its graph's `text`, or a child with the `count` of them."""
         version = new_id()
         state, ready = flow.first(version)
         origin = {k: v for k, v in vars(self.origin).items() if v not in ("", 0, None)}
         a = {"origin": encode(origin), "event": self.event("started"), "version": version, **more}
-        a |= {**state._asdict(), "jobs": [f"{self.id}/{node}/{version}" for node in ready]}
-        key = self.executor.key
-        graph, runs = key("graph", self.origin.graph), key("runs")
-        return self.change(START, graph, runs, values=values, **a)
+        a |= {"state": encode(state._asdict()), "jobs": self.jobs(ready, version)}
+        return self.change(START, self.executor.key("runs"), values=values, **a)
+
+    def update(self, fields: Any, context: Any) -> None:
+        """Take over what READ, or a COMMIT that came too late, has found."""
+        self.fields, self.context = pairs(fields), pairs(context)
+        self.version, self.phase = self.fields.get("version", ""), self.fields.get("status", "")
+        self.state = State(**json.loads(self.fields.get("state", '{"tokens":{},"visits":{}}')))
+
+    async def read(self) -> None:
+        """Find out where the run stands. RunError where it is gone."""
+        fields, context, _ = await self.executor.send(*READ.on(self.keys, job=""))
+        if not fields:
+            raise RunError(f"run {self.id} is no longer on this Redis")
+        self.update(fields, context)
 
     async def status(self) -> Status:
         """Where the run stands now. RunError where it is gone."""
-        run, values = [pairs(await self.executor.send("HGETALL", key)) for key in self.keys[:2]]
-        if not run:
-            raise RunError(f"run {self.id} is no longer on this Redis")
-        usage = {name[6:]: int(count) for name, count in run.items() if name.startswith("usage ")}
-        more = {"error": run.get("error", ""), "usage": usage, "tokens": json.loads(run["tokens"])}
-        return Status.of(self, self.origin.flow, run["status"], values, **more)
+        await self.read()
+        usage = {k[6:]: int(count) for k, count in self.fields.items() if k.startswith("usage ")}
+        more = {"error": self.fields.get("error", ""), "usage": usage, "tokens": self.state.tokens}
+        return Status.of(self, self.origin.flow, self.phase, self.context, **more)
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
         """What has happened, from the start; to follow it, also what happens until the end."""
@@ -1332,33 +1322,33 @@ class RedisRun(Run):
         """Go on from exactly where the run, and children that it waits for, failed, with these
         inputs over its context; a map goes on with the list that it began with. RunError if the
         run has not failed."""
-        ctx = Context({})
+        ctx, resumed = Context({}), 0
         for name, value in inputs.items():
             ctx[name] = value
-        found = await self.status()
-        if (status := found.status) == FAILED:
+        while not resumed:
+            await self.read()
+            if self.phase != FAILED:
+                raise RunError(f"run {self.id} is {self.phase}; only a failed run can be resumed")
+            active = {n: mark for n, mark in self.state.tokens.items() if mark not in IDLE}
+            jobs = [f"{self.id}/{node}/{mark}" for node, mark in active.items()]
             for child in await self.children():
-                _, node, mark = child.origin.parent.split("/")
-                if found.tokens.get(node) == mark and (await child.status()).status == FAILED:
+                await child.read()
+                if child.origin.parent in jobs and child.phase == FAILED:
                     await child.resume()
-            status = await self.change(RESUME, values=ctx.changes, event=self.event("resumed"))
-        if status != FAILED:
-            raise RunError(f"run {self.id} is {status}; only a failed run can be resumed")
+            a: dict[str, Any] = {"seen": self.version, "jobs": jobs}
+            a["state"] = encode(self.state._replace(steps=0)._asdict())
+            a["forget"] = ["error", *(name for name in self.fields if name.startswith("crashes "))]
+            event = self.event("resumed")
+            resumed = await self.change(RESUME, values=ctx.changes, event=event, **a)
 
     async def answer(self, node: str, value: Any) -> None:
         """Answer what a node asks. The first answer wins. RunError if it asks nothing, ValueError
         if the answer is not JSON."""
-        job = f"{self.id}/{node}/{(await self.status()).tokens.get(node)}"
+        await self.read()
+        job = f"{self.id}/{node}/{self.state.tokens.get(node)}"
         told, event = to_json([COMPLETED, value], "the answer"), self.event("answered", node=node)
         if not await self.change(ANSWER, job=job, told=told, event=event):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
-
-    async def keep_alive(self) -> None:
-        """Refresh the TTL of a running run, of its graph, and of its children."""
-        graph = self.executor.key("graph", self.origin.graph)
-        if await self.change(KEEP, graph, days=30) == RUNNING:
-            for child in await self.children():
-                await child.keep_alive()
 
 
 # ── 8. Redis: the worker ─────────────────────────────────────────────────────────────────────
@@ -1369,62 +1359,22 @@ class RedisRun(Run):
 CRASHES = 5  # deaths of a worker with a job at which the job's run fails; 1 if it has no retries
 
 
-class View(RedisRun):
-    """What a worker knows of a run: a version, and the state and context that belong to it."""
+class Claimed(NamedTuple):
+    """What a worker needs to run a job."""
 
-    def __init__(self, executor: RedisExecutor, id: str, origin: Origin, flow: Flow) -> None:
-        super().__init__(executor, id, origin)
-        self.flow = flow
-        self.ended: dict[str, Outcome] = {}  # jobs that are to be committed
-        self.turn = asyncio.Lock()  # a run's commits take turns
-
-    def update(self, found: list[str], context: Any) -> None:
-        """Take over what stands in Redis."""
-        self.version, self.phase, tokens, visits, steps = found[:5]
-        self.state = State(json.loads(tokens), json.loads(visits), int(steps))
-        self.context = pairs(context)
-
-    def decide(
-        self, ended: Mapping[str, Outcome], version: str
-    ) -> tuple[State, list[str], list[str], dict[str, str]]:
-        """What jobs that have ended lead to: the state, jobs and events; and which cannot be
-        committed, with the reason why the run fails, or '' for one that is merely out of date."""
-        state, ready, events = self.state, list[str](), list[str]()
-        refused = dict[str, str]()
-        for job, outcome in ended.items():
-            _, node, mark = job.split("/")
-            if self.phase == CANCELLED or state.tokens.get(node) != mark:
-                refused[job] = ""
-                continue
-            event = self.event("done", **outcome.event)
-            try:
-                state, nodes = self.flow.advance(state, node, outcome.action, version)
-                ready += [f"{self.id}/{node}/{version}" for node in nodes]
-                events.append(event)
-            except RunError as error:
-                refused[job] = str(error)
-        if self.phase == FAILED and not state.tokens:
-            refused = dict.fromkeys(ended, "")  # its last tokens: a resume goes on from them
-        return state, ready, events, refused
+    run: RedisRun
+    node: Node
+    ctx: Context
+    failure: str = ""  # of what the job was parked for
 
 
 @dataclass(eq=False)
 class Held:
     """A job in this worker's custody."""
 
-    view: View | None = None  # once it is claimed
-    results: list[Any] | None = None  # what came of what it was parked for,
-    failure: str = ""  # or went wrong there
-    started: bool = False
-    executing: asyncio.Task[None] | None = None  # may be cancelled
     since: float = field(default_factory=time.monotonic)
-
-    def read(self, texts: list[str]) -> None:
-        """Take over what it was told, once that is all, or a failure."""
-        told = [json.loads(text) for text in texts]
-        failures = [text for status, text in filter(None, told) if status != COMPLETED]
-        self.failure = failures[0] if failures else ""
-        self.results = [result for _, result in told] if told and all(told) else None
+    executing: asyncio.Task[None] | None = None  # may be cancelled
+    once: bool = False  # it has begun, and must not begin again
 
 
 class Worker:
@@ -1444,13 +1394,12 @@ class Worker:
         self.stopping = self._leaving = False
         self.held: dict[str, Held] = {}  # by job
         self.counts = Counter(dict.fromkeys(("done", "refused", "audited", "lost", "reaped"), 0))
-        self._views = WeakValueDictionary[str, View]()  # by run, while a job of it is held
+        self._runs = WeakValueDictionary[str, RedisRun]()  # by id, while a job of it is held
         self._registries: dict[str, Registry] = {}  # by graph
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
         self._suspect = ""  # a job that has crashed, and waits until no other is held, or runs
         self._odd: set[str] = set()  # jobs listed but not held, or held but not listed, last time
-        self._kept_alive = 0.0  # when the TTLs of runs were last refreshed
 
     async def run(self) -> None:
         """Work until `stop` is called. RedisError where Redis is not there or will not do."""
@@ -1495,7 +1444,7 @@ class Worker:
             first: Any = await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT")
             if first:
                 await self._receive([first])
-                await asyncio.sleep(0)  # lets CLAIM be sent first, in one batch with TAKE
+                await asyncio.sleep(0)  # lets READ be sent first, in one batch with TAKE
                 if (room := self._room()) > 0 and not self.stopping:
                     more = self.send(*TAKE.on(ends, room=room))
                     await self._receive(await asyncio.wait_for(more, 3))
@@ -1509,72 +1458,60 @@ class Worker:
             if self.stopping:
                 await self._give_back(job)
             elif job not in self.held:  # else a resume queued it again
-                self._hold(job)
+                self._begin(job)
 
-    def _hold(self, job: str, view: View | None = None) -> None:
-        held = self.held[job] = Held(view)
-        self._go(self._work(job, held))
-
-    def _go(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _begin(self, job: str, claimed: Claimed | None = None) -> None:
+        held = self.held[job] = Held()
+        task = asyncio.create_task(self._work(job, held, claimed))
         self._tasks.add(task)  # the event loop itself would forget it
         task.add_done_callback(self._tasks.discard)
 
-    async def _work(self, job: str, held: Held) -> None:
-        """One delivery of a job. One that this worker's own commit has queued is claimed already:
-        its view is known."""
+    async def _work(self, job: str, held: Held, claimed: Claimed | None) -> None:
+        """One delivery of a job; one that a commit of this worker has queued is claimed already."""
         try:
-            if (view := held.view or await self._claim(job, held)) is None:
+            claimed = claimed or await self._claim(job, held)
+            if not claimed:
                 return
             try:
-                outcome = await self._execute(view, job, held)
+                outcome = await self._execute(job, held, claimed)
+                if self.held.get(job) is not held:
+                    return  # somebody else has it by now
+                if isinstance(outcome, Park):
+                    await self._park(job, claimed, outcome)
+                else:
+                    await self._commit(job, claimed, outcome)
             except RunError as error:
-                return await self._fail(view, job, str(error))
-            if self.held.get(job) is not held:
-                return  # somebody else has it by now
-            if isinstance(outcome, Park):
-                return await self._park(view, job, outcome)
-            view.ended[job] = outcome
-            async with view.turn:
-                if len(view.state.tokens) > 1:
-                    await asyncio.sleep(0)  # so that what ends at the same time shares the commit
-                while job in view.ended:
-                    await self._commit(view)
+                await self._fail(job, claimed.run, str(error))
         except Exception:  # charged, so that it does not come again for ever
             log.exception("Redis refused a command; giving back %s, as if we had crashed", job)
-            if held.view:
-                held.view.ended.pop(job, None)
             await self._give_back(job, crashed=True)
 
-    async def _claim(self, job: str, held: Held) -> View | None:
+    async def _claim(self, job: str, held: Held) -> Claimed | None:
         """Read what a job needs; None, and the job is let go, if it must not run, or not now."""
-        id, node, mark = job.split("/")
-        command = CLAIM.on(self.executor.keys(id), job=job)
-        found, context, crashes, told = await self.send(*command)
-        if not found[0]:
+        id, name, mark = job.split("/")
+        fields, context, texts = await self.send(*READ.on(self.executor.keys(id), job=job))
+        if not fields:
             log.warning("run %s has expired; dropping %s", id, job)
-            await self._give_back(job, drop=True)
+            await self._give_back(job)
             return None
-        origin = Origin(**json.loads(found[5]))
-        known = origin.graph in self._registries
+        origin = Origin(**json.loads(pairs(fields)["origin"]))
+        run = self._runs.get(id) or RedisRun(self.executor, id, origin)
+        self._runs[id] = run
+        run.update(fields, context)  # at once, for this is soon out of date
         try:
-            flow = await self._flow(origin)
+            node = (await self._flow(origin)).nodes[name]
         except Exception as error:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
-            await self._fail(RedisRun(self.executor, id, origin), job, text)
+            await self._fail(job, run, text)
             return None
-        if not known:
-            return await self._claim(job, held)  # what was read may be old by now
-        view = held.view = self._views.get(id) or View(self.executor, id, origin, flow)
-        self._views[id] = view
-        view.update(found, context)
-        if view.phase != RUNNING or view.state.tokens.get(node) != mark:  # a resume queues it anew
-            await self._give_back(job, drop=True)
+        if run.phase != RUNNING or run.state.tokens.get(name) != mark:  # a resume queues it anew
+            await self._give_back(job)
             return None
-        if crashes >= (CRASHES if flow.nodes[node].retries else 1):
-            text = f'node "{node}": {crashes} workers died while they ran it'
-            await self._fail(view, job, text)
+        crashes = int(run.fields.get(f"crashes {job}", 0))
+        if crashes >= (CRASHES if node.retries else 1):
+            await self._fail(job, run, f'node "{name}": {crashes} workers died while they ran it')
             return None
+        claimed = self._claimed(job, run, node, [json.loads(text) for text in texts])
         if crashes > 1 and not self._suspect:  # lest it take other jobs down with it once more
             self._suspect = job
         if self._suspect not in ("", job):
@@ -1582,8 +1519,16 @@ class Worker:
             return None
         while self._suspect == job and len(self.held) > 1:
             await asyncio.sleep(0.05)
-        held.read(told)
-        return view if self.held.get(job) is held else None
+        return claimed if self.held.get(job) is held else None
+
+    def _claimed(self, job: str, run: RedisRun, node: Node, told: Iterable[Any] = ()) -> Claimed:
+        """What a job needs, from what is known of its run now, and what the job was told, of which
+        it hears once that is all, or a failure."""
+        failures = [text for status, text in filter(None, told) if status != COMPLETED]
+        results = [result for _, result in told] if told and all(told) else None
+        visit, origin = run.state.visits.get(node.id, 1), run.origin
+        ctx = Context(run.context, job, visit, origin.dry_run, origin.depth, results)
+        return Claimed(run, node, ctx, failures[0] if failures else "")
 
     async def _flow(self, origin: Origin) -> Flow:
         if origin.graph not in self._registries:
@@ -1593,91 +1538,97 @@ class Worker:
             self._registries[origin.graph] = Registry(json.loads(graph))
         return self._registries[origin.graph][origin.flow]
 
-    async def _execute(self, view: View, job: str, held: Held) -> Outcome | Park:
-        node = view.flow.nodes[job.split("/")[1]]
-        visit, origin = view.state.visits.get(node.id, 1), view.origin
-        ctx = Context(view.context, job, visit, origin.dry_run, origin.depth, held.results)
+    async def _execute(self, job: str, held: Held, claimed: Claimed) -> Outcome | Park:
+        run, node, ctx, failure = claimed
 
         def record(event: str, **more: Any) -> None:
             """Record an event of the node; nobody waits for it."""
-            text = view.event(event, **more)
+            text = run.event(event, **more)
             self.send(
-                "XADD", view.keys[EVENTS], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text
+                "XADD", run.keys[EVENTS], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text
             )
 
-        held.started, held.executing = True, asyncio.current_task()
+        held.once, held.executing = not node.retries, asyncio.current_task()
         try:
-            return await execute(node, ctx, held.failure, record)
+            return await execute(node, ctx, failure, record)
         finally:
             held.executing = None
 
-    async def _commit(self, view: View) -> None:
-        """Record what the jobs that have ended lead to, decided anew whenever the run has moved."""
-        while ended := dict(view.ended):
-            seen, version = view.version, new_id()
-            state, ready, events, refused = view.decide(ended, version)
-            for job, why in refused.items():
-                self.counts["refused"] += 1
-                del view.ended[job]
-                await (self._fail(view, job, why) if why else self._give_back(job, drop=True))
-            if refused:
-                continue  # without them
-            changes = {key: text for out in ended.values() for key, text in out.changes.items()}
-            context = view.context | changes
-            room = max(0, self._room() + len(ended))  # with the slots that these jobs leave
-            room = 0 if self.stopping or self._suspect else room
-            a: dict[str, Any] = {"seen": seen, "version": version, "events": events}
-            a |= {**state._asdict(), "done": [*ended], "keep": ready[:room], "queue": ready[room:]}
-            a["usage"] = [out.usage for out in ended.values() if out.usage]
-            if not state.tokens:
-                a |= view.end(COMPLETED, result=result_of(context, view.origin.gives))
-            reply = await view.change(COMMIT, view.keys[EVENTS] + ":copy", values=changes, **a)
-            if len(reply) == 1:  # it is committed
-                view.version, view.state, view.context = version, state, context
-                self.counts["done"] += len(ended)
-                for job in ready[:room] if reply[0] == RUNNING else ():
-                    self._hold(job, view)
-                for job, out in ended.items():
-                    log.info("done %s -> %s in %.3f s", job, out.action, out.event["seconds"])
+    async def _commit(self, job: str, claimed: Claimed, outcome: Outcome) -> None:
+        """Record what an activation came to, decided anew whenever the run has moved. The commits
+        of a run take turns: each is decided from what the one before it has left."""
+        run, nodes, copy = claimed.run, claimed.node.flow.nodes, claimed.run.keys[EVENTS] + ":copy"
+        async with run.turn:
+            while decision := self._decide(job, claimed, outcome):
+                state, context, ready, a = decision
+                keep = ready[: 0 if self.stopping or self._suspect else max(0, self._room() + 1)]
+                self.held |= {other: Held() for other in keep}  # lest their room be given twice
+                a |= {"keep": keep, "queue": ready[len(keep) :]}
+                found = await run.change(COMMIT, copy, values=outcome.changes, **a)
+                for other in keep:
+                    del self.held[other]
+                if not found:
+                    run.version, run.state, run.context = a["version"], state, context
+                    self.counts["done"] += 1
+                    log.info("done %s in %.3f s", job, outcome.event["seconds"])
                     self._forget(job)
-                    del view.ended[job]
-                return
-            if reply[0][0]:
-                view.update(*reply)  # the run has moved
-            else:
-                view.phase = CANCELLED  # the run has expired
+                    for other in keep:
+                        self._begin(other, self._claimed(other, run, nodes[other.split("/")[1]]))
+                    return
+                run.update(*found)
+        self.counts["refused"] += 1
+        await self._give_back(job)
 
-    async def _park(self, view: View, job: str, park: Park) -> None:
+    def _decide(
+        self, job: str, claimed: Claimed, outcome: Outcome
+    ) -> tuple[State, dict[str, str], list[str], dict[str, Any]] | None:
+        """What an activation that has ended leads to: the state, the context, the jobs that may
+        then run, and what COMMIT is told; None if it cannot be committed any more."""
+        run, (_, node, mark) = claimed.run, job.split("/")
+        if run.phase not in (RUNNING, FAILED) or run.state.tokens.get(node) != mark:
+            return None
+        seen, version = run.version, new_id()
+        state, nodes = claimed.node.flow.advance(run.state, node, outcome.action, version)
+        if run.phase == FAILED and not state.tokens:
+            return None  # its last token: a resume goes on from it
+        context = run.context | outcome.changes
+        done = run.event("done", **outcome.event)
+        a = {"seen": seen, "version": version, "job": job, "usage": outcome.usage, "done": done}
+        a["state"] = encode(state._asdict())
+        if not state.tokens:
+            a |= run.end(COMPLETED, result=result_of(context, run.origin.gives))
+        # A failed run keeps what its other nodes still finish, but goes on to nothing.
+        return state, context, run.jobs(nodes, version) if run.phase == RUNNING else [], a
+
+    async def _park(self, job: str, claimed: Claimed, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
-        origin = replace(view.origin, parent=job, depth=view.origin.depth + 1)
+        run, registry = claimed.run, claimed.node.flow.registry
+        origin = replace(run.origin, parent=job, depth=run.origin.depth + 1)
         count, starts = len(park.children) or 1, list[asyncio.Future[Any]]()
         for i, child in enumerate(park.children):
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
-            run = RedisRun(self.executor, child_id(job, i), theirs)
-            starts.append(run.start(view.flow.registry[child.flow], child.values, count=count))
+            started = RedisRun(self.executor, child_id(job, i), theirs)
+            starts.append(started.start(registry[child.flow], child.values, count=count))
             if i % 100 == 99:  # few at a time, for others want to be served, too
                 await asyncio.gather(*starts)
                 starts.clear()
         await asyncio.gather(*starts)
-        event = view.event("parked", node=job.split("/")[1], question=park.question)
+        event = run.event("parked", node=claimed.node.id, question=park.question)
         self._forget(job)
-        await view.change(PARK, job=job, count=count, question=park.question, event=event)
+        await run.change(RELEASE, job=job, count=count, question=park.question, event=event)
 
-    async def _fail(self, run: RedisRun, job: str, text: str) -> None:
+    async def _fail(self, job: str, run: RedisRun, text: str) -> None:
         log.warning("failed %s", job)
         self._forget(job)
         if not await run.change(END, job=job, **run.end(FAILED, text)):
             self.counts["refused"] += 1
 
-    async def _give_back(self, job: str, drop: bool = False, crashed: bool = False) -> None:
-        """Put a job back, or drop it if it cannot move. It is charged with a crash also if it has
-        begun and must not begin twice."""
-        run, node, _ = job.split("/")
-        held = self._forget(job)
-        if held.started and held.view and not held.view.flow.nodes[node].retries:
-            crashed = True
-        keys = self.executor.keys(run)
-        await self.send(*GIVE_BACK.on(keys, job=job, crashed=crashed, drop=drop))
+    async def _give_back(self, job: str, crashed: bool = False) -> None:
+        """Put a job back, or drop it if nothing is left to do. It is charged with a crash also if
+        it has begun and must not begin again."""
+        crashed |= self._forget(job).once
+        keys = self.executor.keys(job.split("/")[0])
+        await self.send(*RELEASE.on(keys, job=job, crashed=crashed))
 
     def _forget(self, job: str) -> Held:
         """Hold a job no longer; if its node still executes, that ends."""
@@ -1708,9 +1659,6 @@ class Worker:
         await self._watch()
         if time.monotonic() - self.executor.link.back_since > self.lease:  # all may beat again
             await self._reap()
-        if time.monotonic() > self._kept_alive + 3600:
-            self._kept_alive = time.monotonic()
-            self._go(self._keep_alive())  # by itself, for the beat must not wait for it
 
     async def _beat(self) -> None:
         now = time.monotonic()
@@ -1734,12 +1682,12 @@ class Worker:
 
     async def _watch(self) -> None:
         """Stop working on runs that were cancelled."""
-        views = [*self._views.values()]
-        replies = [self.send("HGET", view.keys[RUN], "status") for view in views]
-        for view, reply in zip(views, replies, strict=True):
-            if await reply == CANCELLED:
-                for job in [j for j, h in self.held.items() if h.view is view and h.executing]:
-                    await self._give_back(job, drop=True)
+        busy = [job for job, held in self.held.items() if held.executing]
+        runs = [self.executor.keys(job.split("/")[0])[RUN] for job in busy]
+        replies = [self.send("HGET", run, "status") for run in runs]
+        for job, status in zip(busy, await asyncio.gather(*replies), strict=True):
+            if status == CANCELLED:
+                await self._give_back(job)
 
     async def _reap(self) -> None:
         """Give back what dead workers had taken (I3). A worker is remembered for a day: what it had
@@ -1749,23 +1697,12 @@ class Worker:
         workers = await self.send("ZRANGE", crew, 0, -1)
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
-            heartbeat = self.key("worker", worker)
-            if listed and not await self.send("EXISTS", heartbeat):
+            if listed and not await self.send("EXISTS", self.key("worker", worker)):
                 moved = 0
                 for job in listed:
-                    keys = [*self.executor.keys(job.split("/")[0], worker), heartbeat]
-                    moved += await self.send(*GIVE_BACK.on(keys, job=job, crashed=True, dead=True))
+                    keys = self.executor.keys(job.split("/")[0], worker)
+                    moved += await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
                 self.counts["reaped"] += moved
                 log.warning("worker %s is dead; gave back %d jobs", worker, moved)
             elif worker in old:
                 await self.send("ZREM", crew, worker)
-
-    async def _keep_alive(self) -> None:
-        """Refresh the TTLs of running runs, which may only wait; forget those that have expired."""
-        for id in await self.send("ZRANGE", self.key("runs"), 0, -1):
-            if self._leaving:
-                return
-            if run := await self.executor.find(id):
-                await run.keep_alive()
-            else:
-                await self.send("ZREM", self.key("runs"), id)

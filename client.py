@@ -278,7 +278,7 @@ async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) ->
     send, hash, indent = run.executor.send, dict[str, str](), "    " * run.origin.depth
     while hash != (now := pairs(await send("HGETALL", run.keys[RUN]))):  # it moved meanwhile
         hash, status = now, now["status"]
-        tokens = json.loads(hash["tokens"]) if status in (RUNNING, FAILED) else {}
+        tokens = json.loads(hash["state"])["tokens"] if status in (RUNNING, FAILED) else {}
         jobs = {n: f"{run.id}/{n}/{mark}" for n, mark in tokens.items() if mark not in MARKS}
         found = await look(run.executor, jobs.values())
         parked = pairs(await send("HGETALL", run.keys[PARKED]))
@@ -311,7 +311,7 @@ async def overview(args: argparse.Namespace) -> None:
     for id in await send("ZRANGE", key("runs"), 0, 19, "REV") if args.runs else ():
         if run := pairs(await send("HGETALL", key("run", id))):
             age, flow = time.time() - int(run["created"]), json.loads(run["origin"])["flow"]
-            nodes = ", ".join(json.loads(run["tokens"]))
+            nodes = ", ".join(json.loads(run["state"])["tokens"])
             say(f"{id}  {flow:<20} {run['status']:<10} {age:>7.0f} s  {nodes}", sys.stdout)
 
 

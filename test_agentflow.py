@@ -56,11 +56,11 @@ import faults
 import graphs.check
 import graphs.nodes
 import prove
-from agentflow import CANCELLED, CLAIM, COMMIT, COMPLETED, END, EVENTS, FAILED
-from agentflow import GIVE_BACK, PARK, RESUME, RUN, RUNNING
+from agentflow import CANCELLED, COMMIT, COMPLETED, END, EVENTS, FAILED, GRAPH
+from agentflow import READ, RELEASE, RESUME, RUN, RUNNING
 from agentflow import Context, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
 from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, TryLater
-from agentflow import View, Worker, child_id, event_of, execute, failure_of, new_id, result_of
+from agentflow import Worker, child_id, event_of, execute, failure_of, new_id, result_of
 from agentflow import to_json
 from graphs.check import Field, load
 from graphs.patterns import draw
@@ -463,10 +463,10 @@ async def check_invariants(space: Space) -> None:
         origin, run = json.loads(found["origin"]), key.rpartition(":")[2]
         bundle = json.loads(space.redis.get(space.key("graph", origin["graph"])))
         events = space.events(origin["root"])
-        state = replay(Registry(bundle)[origin["flow"]], run, events)
-        assert state.tokens.keys() == json.loads(found["tokens"]).keys()
+        replayed, state = replay(Registry(bundle)[origin["flow"]], run, events), state_of(found)
+        assert replayed.tokens.keys() == state.tokens.keys()
         if not any(event["event"] == "resumed" for event in events):
-            assert int(found["steps"]) == len(done_of(events, run))
+            assert state.steps == len(done_of(events, run))
     assert set(places(space).values()) <= {1}
     for key in space.names():
         name = key.partition(":")[2].partition(":")[0]
@@ -474,12 +474,17 @@ async def check_invariants(space: Space) -> None:
             assert space.redis.pttl(key) != -1, key
 
 
+def state_of(found: dict[str, str]) -> agentflow.State:
+    """The state that is in a run's hash."""
+    return agentflow.State(**json.loads(found["state"]))
+
+
 def places(space: Space) -> dict[str, int]:
     """In how many places each job is that should be in one."""
     listed = Counter(space.lists())
     jobs: dict[str, int] = {}
     for key, found in space.runs().items():
-        for node, mark in json.loads(found["tokens"]).items():
+        for node, mark in state_of(found).tokens.items():
             job = f"{key.rpartition(':')[2]}/{node}/{mark}"
             if found["status"] == RUNNING and mark not in ("waiting", "returned"):
                 jobs[job] = listed[job] + space.redis.hexists(f"{key}:parked", f"{job} is parked")
@@ -752,7 +757,7 @@ class Hand:
         self.processing = space.key("processing", self.id)
         executor = RedisExecutor(space.url, space.namespace)
         executor.name = self.id
-        self.view = View(executor, run.id, run.origin, flow)
+        self.view = RedisRun(executor, run.id, run.origin)
         space.redis.zadd(space.key("workers"), {self.id: 0})
         if alive:
             space.redis.set(space.key("worker", self.id), "{}", ex=alive)
@@ -770,24 +775,22 @@ class Hand:
 
     async def decide(self, job: str) -> dict[str, Any]:
         """Read the run, execute the job, and decide what that leads to."""
-        found, context, _, told = await self.view.executor.send(
-            *CLAIM.on(self.view.keys[:3], job=job)
-        )
-        self.view.update(found, agentflow.pairs(context))
+        found, context, told = await self.view.executor.send(*READ.on(self.view.keys, job=job))
+        self.view.update(found, context)
         view, node, version = self.view, job.split("/")[1], new_id()
         results = json.loads(told[0])[1:] if told else None
         ctx = Context(view.context, job, view.state.visits.get(node, 1), results=results)
         outcome = await execute(self.flow.nodes[node], ctx, "", quiet)
         assert isinstance(outcome, Outcome)
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
-        a = {"seen": view.version, "version": version, "usage": [], **state._asdict()}
-        a |= {"events": [view.event("done", **outcome.event)]}
-        a |= {"done": [job], "keep": [], "queue": [f"{view.id}/{n}/{version}" for n in ready]}
+        a = {"seen": view.version, "version": version, "job": job, "usage": {}, "keep": []}
+        a |= {"state": agentflow.encode(state._asdict()), "queue": view.jobs(ready, version)}
+        a |= {"done": view.event("done", **outcome.event)}
         return a | {"values": outcome.changes}
 
     async def commit(self, decision: dict[str, Any]) -> bool:
         """Send a decision; False where the run has changed since it was made."""
-        return len(await self.view.change(COMMIT, **decision)) == 1
+        return not await self.view.change(COMMIT, **decision)
 
     async def start_child(self, job: str) -> RedisRun:
         """Start the child that a sub-workflow's job waits for; and not yet park."""
@@ -1364,13 +1367,16 @@ async def test_a_loop_without_an_end_ends_after_10000_steps() -> None:
 async def test_a_loop_without_an_end_ends_in_redis_too(space: Space) -> None:
     endless = flow("a -more-> a; a -done-> b", a={"actions": ["more"]})
     run = await endless.run({}, space.executor)
-    space.redis.hincrby(space.key("run", run.id), "steps", 9990)  # as if it had run so long
+    key = space.key("run", run.id)
+    state = state_of(space.redis.hgetall(key))._replace(steps=9990)  # as if it had run so long
+    space.redis.hset(key, "state", agentflow.encode(state._asdict()))
 
     space.worker()
     end = await end_of(run)
 
     assert end.error == ENDLESS and len(end.done) == 10
-    space.redis.hincrby(space.key("run", run.id), "steps", -9990)
+    state = state_of(space.redis.hgetall(key))._replace(steps=10)
+    space.redis.hset(key, "state", agentflow.encode(state._asdict()))
 
 
 # Inputs, keys and values.
@@ -2147,9 +2153,9 @@ async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate
     run = await gated.run({}, space.executor)
     await gate.reached("a")
     [job] = space.lists()
-    keys = [*space.executor.keys(run.id, worker.id), space.key("worker", worker.id)]
+    keys = space.executor.keys(run.id, worker.id)
 
-    moved = await space.executor.send(*GIVE_BACK.on(keys, job=job, crashed=True, dead=True))
+    moved = await space.executor.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
 
     assert moved == 0 and space.redis.lrange(worker.processing, 0, -1) == [job]
     assert space.redis.zrange(space.key("workers"), 0, -1) == [worker.id]
@@ -2561,19 +2567,18 @@ async def test_a_cancel_that_is_sent_again_says_the_same(space: Space) -> None:
     assert said == [RUNNING, RUNNING] and await is_status(run, CANCELLED)
 
 
-async def test_a_failed_run_expires_though_workers_live(space: Space, gate: Gate) -> None:
+async def test_a_run_expires_thirty_days_after_its_last_step(space: Space, gate: Gate) -> None:
+    run = await flow("a -> b", b=gate.data).run({"x": 1}, space.executor)
+    for key in space.names():
+        space.redis.expire(key, 1000)
+
     space.worker()
-    failed = await flow("a", a=gate.broken).run({}, space.executor)
-    await end_of(failed)
-    waiting = await flow(APPROVAL, w=WAIT).run({}, space.executor)
-    await question_of(waiting)
-    for run in (failed, waiting):
-        space.redis.expire(run.keys[RUN], 1000)
-        await run.keep_alive()
+    await gate.reached("b")
 
-    ttls = [space.redis.ttl(run.keys[RUN]) for run in (failed, waiting)]
-
-    assert ttls[0] <= 1000 and ttls[1] > 29 * 86400
+    keys = [key for n, key in enumerate(run.keys) if n in (RUN, RUN + 1, EVENTS, GRAPH)]
+    assert all(29 < space.redis.ttl(key) / 86400 <= 30 for key in keys)
+    gate.open("b")
+    assert (await end_of(run)).status == COMPLETED
 
 
 async def test_a_run_whose_graph_is_gone_fails_and_may_be_resumed(space: Space) -> None:
@@ -2627,7 +2632,7 @@ async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Sp
     await wait_until(lambda: is_status(child, COMPLETED))
 
     event = hand.view.event("parked", node="s")
-    await hand.view.change(PARK, job=job, count=1, question="", event=event)
+    await hand.view.change(RELEASE, job=job, count=1, question="", event=event)
 
     assert (await end_of(run)).meaning == (await in_memory(parent)).meaning
 
@@ -2779,11 +2784,14 @@ async def test_a_resume_that_is_sent_again_resumes_once(space: Space, gate: Gate
     space.worker()
     run = await flow("a", a=gate.broken).run({}, space.executor)
     await end_of(run)
-    resume = {"version": new_id(), "event": run.event("resumed")}
+    await run.read()
+    jobs, event = run.jobs(["a"], run.state.tokens["a"]), run.event("resumed")
+    resume = {"version": new_id(), "seen": run.version, "state": run.fields["state"]}
+    resume |= {"jobs": jobs, "forget": ["error"], "event": event}
 
-    assert await run.change(RESUME, **resume) == FAILED
+    assert await run.change(RESUME, **resume) == 1
     failed = await end_of(run)
-    assert await run.change(RESUME, **resume) == FAILED  # what the first one had said
+    assert await run.change(RESUME, **resume) == 1  # what the first one had said
 
     assert failed.status == FAILED and await is_status(run, FAILED)
 
@@ -3709,7 +3717,7 @@ ACTS = [["--cancel"], ["--answer", "a=1"], ["--resume"], ["--explain"], ["--wait
 
 async def test_a_strange_run_id_finds_nothing_and_touches_nothing(shell: Shell) -> None:
     origin = {"flow": "flow", "graph": "x", "root": "x"}
-    inputs = {"origin": origin, "status": RUNNING, "version": "x", "tokens": {}, "visits": {}}
+    inputs = {"origin": origin, "status": RUNNING, "version": "x", "state": "{}"}
     run = await flow("a -> b").run(inputs, shell.space.executor)
     before = {key: shell.space.redis.dump(key) for key in shell.space.names()}
 
@@ -3891,7 +3899,7 @@ def test_no_script_makes_a_keys_name_or_reads_the_context_as_json() -> None:
 def test_each_scripts_header_names_its_keys_and_arguments() -> None:
     shared = agentflow.SHARED
     helpers = dict(re.findall(r"^local function (\w+)\((.*?)^end", shared, re.S | re.M))
-    names = re.findall(r"\w+", re.findall(r"local (run, .*) = unpack\(KEYS\)", shared)[0])
+    names = re.findall(r"\w+", re.findall(r"local (run, .*) =\s+unpack\(KEYS\)", shared)[0])
     scripts = re.findall(r'((?:^#.*\n)+)(\w+) = Script\(\s*"""((?:.*\n)*?)"""', SOURCE, re.M)
 
     for header, name, text in scripts:
