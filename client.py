@@ -27,13 +27,13 @@ from typing import Any
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-from agentflow import CANCELLED, COMPLETED, DEFAULT, FAILED, PARKED, RETURNED, RUN, RUNNING, WAITING
+from agentflow import CANCELLED, COMPLETED, FAILED, PARKED, RETURNED, RUN, RUNNING, WAITING
 from agentflow import Context, Event, Flow, GraphError, MemoryRun, RedisExecutor, RedisRun
 from agentflow import Registry, Run, RunError, pairs
 from graphs.check import load, nearest, parse_json
+from graphs.draw import draw, mermaid
 
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-FILLS = {"done": "#d5f5d5", "running": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
 ANSWER = "python client.py --run {} --answer {}=VALUE"
 MARKS = (WAITING, RETURNED)  # of the tokens that are not active
 
@@ -148,7 +148,7 @@ async def start(args: argparse.Namespace) -> None:
         raise RunError(f'no use case "{args.usecase}"; there is {", ".join(registry) or "none"}')
     flow, inputs = registry[args.usecase], values("--input", args.input)
     if args.draw:
-        say(mermaid(flow, {}), sys.stdout)
+        say(escape(mermaid(flow), "\n"), sys.stdout)
         return
     known = set(flow.inputs).union(*(node.reads() for node in flow.nodes.values()))
     for key in sorted(inputs.keys() - known):
@@ -210,7 +210,7 @@ async def steer(args: argparse.Namespace) -> None:
         graph = await executor.send("GET", executor.key("graph", run.origin.graph))
         flow = Registry(json.loads(graph or "{}"))[run.origin.flow]
         if args.draw:
-            say(await draw(run, flow), sys.stdout)
+            say(escape(await draw(run, flow), "\n"), sys.stdout)
         else:
             last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
             await explain(run, flow, last, args.at)
@@ -312,31 +312,6 @@ async def overview(args: argparse.Namespace) -> None:
             age, flow = time.time() - int(run["created"]), json.loads(run["origin"])["flow"]
             nodes = ", ".join(json.loads(run["tokens"]))
             say(f"{id}  {flow:<20} {run['status']:<10} {age:>7.0f} s  {nodes}", sys.stdout)
-
-
-async def draw(run: RedisRun, flow: Flow) -> str:
-    """The graph of a run as Mermaid, coloured by state."""
-    status = await run.status()
-    events = [event async for event in run.events(follow=False) if event["run"] == run.id]
-    states = {event["node"]: "done" for event in events if event["event"] == "done"}
-    active = "running" if status.status == RUNNING else "failed"
-    states |= {n: "waiting" if mark in MARKS else active for n, mark in status.tokens.items()}
-    return mermaid(flow, states)
-
-
-def mermaid(flow: Flow, states: dict[str, str]) -> str:
-    """A flow as Mermaid; `states` says which nodes are done, running, waiting or failed."""
-    names = {node: f"n{i}" for i, node in enumerate(flow.nodes)}
-    lines = ["flowchart TD"]
-    for node, name in names.items():
-        lines.append(f'    {name}["{node}"]' + (f":::{states[node]}" if node in states else ""))
-    for source, by_action in flow.targets.items():
-        for action, targets in by_action.items():
-            label = re.sub(r'[#"<>&|]', lambda c: f"#{ord(c[0])};", escape(action))
-            arrow = "-->" if action == DEFAULT else f'-->|"{label}"|'
-            lines += [f"    {names[source]} {arrow} {names[target]}" for target in targets]
-    lines += [f"    classDef {s} fill:{FILLS[s]},color:#000" for s in sorted({*states.values()})]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
