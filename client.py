@@ -34,7 +34,7 @@ from graphs.check import load, nearest, parse_json
 from graphs.draw import draw, mermaid
 
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-ANSWER = "python client.py --run {} --answer {}=VALUE"
+ANSWER = "to answer, type: python client.py --run {} --answer {}=VALUE"
 MARKS = (WAITING, RETURNED)  # of the tokens that are not active
 
 
@@ -76,9 +76,7 @@ def parse() -> argparse.Namespace:
     if not args.run and (args.status or args.explain or args.cancel or args.resume or args.answer):
         parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
     if args.cancel and (args.resume or args.answer):
-        parser.error(
-            "a run that is cancelled cannot go on: drop --cancel, or --resume and --answer"
-        )
+        parser.error("a cancelled run cannot go on: drop --cancel, or --resume and --answer")
     args.wait |= args.local or (args.json and not args.run)
     return args
 
@@ -172,10 +170,10 @@ async def follow(args: argparse.Namespace, run: Run) -> None:
         say(line_of(event, run.id), out)
         if question := event.get("question"):
             say("    | " + escape(question, "\n").replace("\n", "\n    | "), out)
-        if question and isinstance(run, MemoryRun):
-            await run.answer(event["node"], await ask(), event["run"])
-        elif question and args.wait:
-            say(f"to answer, type: {ANSWER.format(event['run'], event['node'])}{args.at}")
+            if isinstance(run, MemoryRun):
+                await run.answer(event["node"], await ask(), event["run"])
+            elif args.wait:
+                say(f"{ANSWER.format(event['run'], event['node'])}{args.at}")
     status = await run.status()
     used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items()) or "none"
     say(f"run {run.id} of {status.flow} is {status.status}; tokens used: {used}", out)
@@ -183,9 +181,8 @@ async def follow(args: argparse.Namespace, run: Run) -> None:
         document = {key: value for key, value in vars(status).items() if key != "tokens"}
         say(json.dumps(document, indent=2), sys.stdout)
     elif args.wait and status.status == COMPLETED:
-        text = status.result
-        text = text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False)
-        say(text, sys.stdout)
+        text = json.dumps(status.result, indent=2, ensure_ascii=False)
+        say(status.result if isinstance(status.result, str) else text, sys.stdout)
     sys.exit(1 if status.status in (FAILED, CANCELLED) else 0)
 
 
@@ -266,9 +263,7 @@ def place_of(job: str, hash: dict[str, str], parked: dict[str, str], at: str) ->
             return "stands still, as its run failed; --resume runs it again"
         return "is NOWHERE: not queued, not with a worker, not parked; please report it"
     if parked[job]:
-        return (
-            f"waits for a person: {parked[job]} (to answer, type: {ANSWER.format(run, node)}{at})"
-        )
+        return f"waits for a person: {parked[job]} ({ANSWER.format(run, node)}{at})"
     return f"waits for {parked[f'{job} left']} of {parked[f'{job} count']} child runs"
 
 
