@@ -20,22 +20,19 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-from agentflow import CANCELLED, COMPLETED, FAILED, PARKED, RETURNED, RUN, RUNNING, WAITING
-from agentflow import Context, Event, Flow, GraphError, MemoryRun, RedisExecutor, RedisRun
-from agentflow import Registry, Run, RunError, pairs
+from agentflow import CANCELLED, COMPLETED, FAILED, PARKED, RUN, RUNNING, Context, Event, Flow
+from agentflow import GraphError, MemoryRun, RedisExecutor, RedisRun, Registry, Run, RunError, pairs
 from graphs.check import load, nearest, parse_json
 from graphs.draw import draw, mermaid
 
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 ANSWER = "to answer, type: python client.py --run {} --answer {}=VALUE"
-MARKS = (WAITING, RETURNED)  # of the tokens that are not active
 
 
 def escape(text: object, keep: str = "") -> str:
@@ -224,71 +221,68 @@ async def steer(args: argparse.Namespace) -> None:
         await follow(args, run)
 
 
-async def look(executor: RedisExecutor, jobs: Iterable[str] = ()) -> dict[str, str]:
+async def look(executor: RedisExecutor, jobs: list[str] = []) -> dict[str, str]:
     """Who works, and where each job is that a worker has or, of these, that is queued."""
     key, ready = executor.key, executor.key("ready")
     crew = await executor.send("ZRANGE", key("workers"), 0, -1)
     pipe: Any = executor.link.client.pipeline()  # all at one instant
     pipe.llen(ready).lindex(ready, -1)
     for worker in crew:
-        pipe.get(key("worker", worker)).pttl(key("worker", worker))
-        pipe.lrange(key("processing", worker), 0, -1)
-    for job in (asked := [*jobs]):
+        heartbeat = key("worker", worker)
+        pipe.get(heartbeat).pttl(heartbeat).lrange(key("processing", worker), 0, -1)
+    for job in jobs:
         pipe.lpos(ready, job)
     depth, oldest, *rest = await pipe.execute()
     found, replies = {"queue": f"has {depth} jobs; the oldest: {oldest or 'none'}"}, iter(rest)
-    for worker, beat, left, held in zip(crew, replies, replies, replies, strict=False):
-        age = f"heartbeat {6 - left / 1000:.0f} s ago"
-        if beat:
-            found[f"worker {worker}"] = f"has {len(held)} jobs ({age})"
+    nobody = ", and no worker is alive"
+    for worker, doing, left, held in zip(crew, replies, replies, replies, strict=False):
+        if doing:
+            nobody = ""
+            ages, beat = json.loads(doing), f"(heartbeat {6 - left / 1000:.0f} s ago)"
+            found[f"worker {worker}"] = f"has {len(held)} jobs {beat}"
         for job in held:
             found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
-            if beat:
-                since = f"{json.loads(beat).get(job, 0):.0f} s ({age})"
-                found[job] = f"is running on worker {worker} since {since}"
-    nobody = "" if any(name.startswith("worker ") for name in found) else ", and no worker is alive"
-    for job, index in zip(asked, replies, strict=True):
+            if doing:
+                found[job] = f"is running on worker {worker} since {ages.get(job, 0):.0f} s {beat}"
+    for job, index in zip(jobs, replies, strict=True):
         if index is not None:
             found[job] = f"is queued at place {depth - index} of {depth}{nobody}"
-    if nobody and not asked:
+    if nobody and not jobs:
         say("no worker is alive; in another terminal, type: python worker.py")
     return found
 
 
-def place_of(job: str, hash: dict[str, str], parked: dict[str, str], at: str) -> str:
-    """Where an active job is that is in no list."""
-    run, node, _ = job.split("/")
-    if f"{job} is parked" not in parked:
-        if hash["status"] == FAILED:
-            return "stands still, as its run failed; --resume runs it again"
-        return "is NOWHERE: not queued, not with a worker, not parked; please report it"
-    if parked[job]:
-        return f"waits for a person: {parked[job]} ({ANSWER.format(run, node)}{at})"
-    return f"waits for {parked[f'{job} left']} of {parked[f'{job} count']} child runs"
-
-
 async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) -> None:
     """Print a line for a run and for each token: where it is, and why; likewise its children."""
-    send, hash, indent = run.executor.send, dict[str, str](), "    " * run.origin.depth
-    while hash != (now := pairs(await send("HGETALL", run.keys[RUN]))):  # it moved meanwhile
-        hash, status = now, now["status"]
-        tokens = json.loads(hash["tokens"]) if status in (RUNNING, FAILED) else {}
-        jobs = {n: f"{run.id}/{n}/{mark}" for n, mark in tokens.items() if mark not in MARKS}
-        found = await look(run.executor, jobs.values())
+    send, version, indent = run.executor.send, "", "    " * run.origin.depth
+    while version != (now := await send("HGET", run.keys[RUN], "version")):  # it moved meanwhile
+        version, status = now, await run.status()
+        tokens = status.tokens if status.status in (RUNNING, FAILED) else {}
+        waiting = flow.blockers(tokens)
+        jobs = {n: f"{run.id}/{n}/{mark}" for n, mark in tokens.items() if n not in waiting}
+        found = await look(run.executor, [*jobs.values()])
         parked = pairs(await send("HGETALL", run.keys[PARKED]))
     where = dict.fromkeys(tokens, "waits, too")
     for node, job in jobs.items():
-        delivery = int(hash.get(f"crashes {job}", 0)) + 1
-        place = f"{found[job]}, delivery {delivery}" if job in found else ""
-        where[node] = place or place_of(job, hash, parked, at)
+        if job in found:
+            crashes = int(await send("HGET", run.keys[RUN], f"crashes {job}") or 0)
+            where[node] = f"{found[job]}, delivery {crashes + 1}"
+        elif f"{job} is parked" in parked and parked[job]:
+            where[node] = f"waits for a person: {parked[job]} ({ANSWER.format(run.id, node)}{at})"
+        elif f"{job} is parked" in parked:
+            left, count = parked[f"{job} left"], parked[f"{job} count"]
+            where[node] = f"waits for {left} of {count} child runs"
+        elif status.status == FAILED:
+            where[node] = "stands still, as its run failed; --resume runs it again"
+        else:
+            where[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
         event = last.get((run.id, node), {})
         if (until := event.get("at", 0) + event.get("delay", 0)) > time.time():
             where[node] += f", backs off until {time.ctime(until)[11:19]} after {event['error']}"
-    masks = flow.blockers(tokens)
-    for node in tokens.keys() - jobs:
-        others = [f"{other}, which {where[other]}" for other in flow.members(masks[node])]
+    for node, mask in waiting.items():
+        others = [f"{other}, which {where[other]}" for other in flow.members(mask)]
         where[node] = "waits for " + "; and for ".join(others)
-    lines = [f"{indent}run {run.id} of {flow.id} is {status} {hash.get('error', '')}"]
+    lines = [f"{indent}run {run.id} of {flow.id} is {status.status} {status.error}"]
     lines += [f"{indent}  {node} {why}" for node, why in where.items()]
     say("\n".join(map(escape, lines)), sys.stdout)
     for child in await run.children():
