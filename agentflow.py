@@ -1209,10 +1209,14 @@ class RedisExecutor:
         return run
 
     async def find(self, id: str) -> RedisRun | None:
-        """The run with this id, if there is one."""
+        """The run with this id, as it stands now, if there is one."""
         key = self.key("run", id)
         origin = await self.send("HGET", key, "origin") if SAFE_ID.fullmatch(id) else None
-        return RedisRun(self, id, Origin(**json.loads(origin))) if origin else None
+        if not origin:
+            return None
+        run = RedisRun(self, id, Origin(**json.loads(origin)))
+        await run.read()
+        return run
 
 
 class RedisRun(Run):
@@ -1247,9 +1251,10 @@ class RedisRun(Run):
         event = self.event(status, error=error)
         return {"status": status, "error": error, "event": event, "told": f'["{status}",{told}]'}
 
-    def jobs(self, nodes: Iterable[str], mark: str) -> list[str]:
-        """The jobs of nodes that have been made active with this mark."""
-        return [f"{self.id}/{node}/{mark}" for node in nodes]
+    def active(self) -> dict[str, str]:
+        """The jobs of its active nodes, by node."""
+        tokens = self.state.tokens.items()
+        return {node: f"{self.id}/{node}/{mark}" for node, mark in tokens if mark not in IDLE}
 
     def start(self, flow: Flow, values: dict[str, str], **more: Any) -> asyncio.Future[Any]:
         """Make the run: a user's with its graph's `text`, or a child with the `count` of them."""
@@ -1257,7 +1262,10 @@ class RedisRun(Run):
         state, ready = flow.first(version)
         origin = {k: v for k, v in vars(self.origin).items() if v not in ("", 0, None)}
         a = {"origin": encode(origin), "event": self.event("started"), "version": version, **more}
-        a |= {"state": encode(state._asdict()), "jobs": self.jobs(ready, version)}
+        a |= {
+            "state": encode(state._asdict()),
+            "jobs": [f"{self.id}/{node}/{version}" for node in ready],
+        }
         return self.change(START, self.executor.key("runs"), values=values, **a)
 
     def update(self, fields: Any, context: Any) -> None:
@@ -1329,10 +1337,8 @@ class RedisRun(Run):
             await self.read()
             if self.phase != FAILED:
                 raise RunError(f"run {self.id} is {self.phase}; only a failed run can be resumed")
-            active = {n: mark for n, mark in self.state.tokens.items() if mark not in IDLE}
-            jobs = [f"{self.id}/{node}/{mark}" for node, mark in active.items()]
+            jobs = [*self.active().values()]
             for child in await self.children():
-                await child.read()
                 if child.origin.parent in jobs and child.phase == FAILED:
                     await child.resume()
             a: dict[str, Any] = {"seen": self.version, "jobs": jobs}
@@ -1570,7 +1576,8 @@ class Worker:
                 if not found:
                     run.version, run.state, run.context = a["version"], state, context
                     self.counts["done"] += 1
-                    log.info("done %s in %.3f s", job, outcome.event["seconds"])
+                    seconds = outcome.event["seconds"]
+                    log.info("done %s -> %s in %.3f s", job, outcome.action, seconds)
                     self._forget(job)
                     for other in keep:
                         self._begin(other, self._claimed(other, run, nodes[other.split("/")[1]]))
@@ -1598,7 +1605,8 @@ class Worker:
         if not state.tokens:
             a |= run.end(COMPLETED, result=result_of(context, run.origin.gives))
         # A failed run keeps what its other nodes still finish, but goes on to nothing.
-        return state, context, run.jobs(nodes, version) if run.phase == RUNNING else [], a
+        ready = [f"{run.id}/{node}/{version}" for node in nodes] if run.phase == RUNNING else []
+        return state, context, ready, a
 
     async def _park(self, job: str, claimed: Claimed, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""

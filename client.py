@@ -20,22 +20,19 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-from agentflow import CANCELLED, COMPLETED, DEFAULT, FAILED, PARKED, RETURNED, RUN, RUNNING, WAITING
-from agentflow import Context, Event, Flow, GraphError, MemoryRun, RedisExecutor, RedisRun
-from agentflow import Registry, Run, RunError, pairs
+from agentflow import CANCELLED, COMPLETED, FAILED, PARKED, RUNNING, Context, Event, Flow
+from agentflow import GraphError, MemoryRun, RedisExecutor, RedisRun, Registry, Run, RunError, pairs
 from graphs.check import load, nearest, parse_json
+from graphs.draw import draw, mermaid
 
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-FILLS = {"done": "#d5f5d5", "running": "#fff3b0", "waiting": "#e8e8e8", "failed": "#f8d0d0"}
-ANSWER = "python client.py --run {} --answer {}=VALUE"
-MARKS = (WAITING, RETURNED)  # of the tokens that are not active
+ANSWER = "to answer, type: python client.py --run {} --answer {}=VALUE"
 
 
 def escape(text: object, keep: str = "") -> str:
@@ -76,9 +73,7 @@ def parse() -> argparse.Namespace:
     if not args.run and (args.status or args.explain or args.cancel or args.resume or args.answer):
         parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
     if args.cancel and (args.resume or args.answer):
-        parser.error(
-            "a run that is cancelled cannot go on: drop --cancel, or --resume and --answer"
-        )
+        parser.error("a cancelled run cannot go on: drop --cancel, or --resume and --answer")
     args.wait |= args.local or (args.json and not args.run)
     return args
 
@@ -149,7 +144,7 @@ async def start(args: argparse.Namespace) -> None:
         raise RunError(f'no use case "{args.usecase}"; there is {ids}')
     flow, inputs = registry[args.usecase], values("--input", args.input)
     if args.draw:
-        say(mermaid(flow, {}), sys.stdout)
+        say(escape(mermaid(flow), "\n"), sys.stdout)
         return
     known = set(flow.inputs).union(*(node.reads() for node in flow.nodes.values()))
     for key in sorted(inputs.keys() - known):
@@ -173,10 +168,10 @@ async def follow(args: argparse.Namespace, run: Run) -> None:
         say(line_of(event, run.id), out)
         if question := event.get("question"):
             say("    | " + escape(question, "\n").replace("\n", "\n    | "), out)
-        if question and isinstance(run, MemoryRun):
-            await run.answer(event["node"], await ask(), event["run"])
-        elif question and args.wait:
-            say(f"to answer, type: {ANSWER.format(event['run'], event['node'])}{args.at}")
+            if isinstance(run, MemoryRun):
+                await run.answer(event["node"], await ask(), event["run"])
+            elif args.wait:
+                say(f"{ANSWER.format(event['run'], event['node'])}{args.at}")
     status = await run.status()
     used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items()) or "none"
     say(f"run {run.id} of {status.flow} is {status.status}; tokens used: {used}", out)
@@ -184,9 +179,8 @@ async def follow(args: argparse.Namespace, run: Run) -> None:
         document = {key: value for key, value in vars(status).items() if key != "tokens"}
         say(json.dumps(document, indent=2), sys.stdout)
     elif args.wait and status.status == COMPLETED:
-        text = status.result
-        text = text if isinstance(text, str) else json.dumps(text, indent=2, ensure_ascii=False)
-        say(text, sys.stdout)
+        text = json.dumps(status.result, indent=2, ensure_ascii=False)
+        say(status.result if isinstance(status.result, str) else text, sys.stdout)
     sys.exit(1 if status.status in (FAILED, CANCELLED) else 0)
 
 
@@ -211,7 +205,7 @@ async def steer(args: argparse.Namespace) -> None:
         graph = await executor.send("GET", executor.key("graph", run.origin.graph))
         flow = Registry(json.loads(graph or "{}"))[run.origin.flow]
         if args.draw:
-            say(await draw(run, flow), sys.stdout)
+            say(escape(await draw(run, flow), "\n"), sys.stdout)
         else:
             last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
             await explain(run, flow, last, args.at)
@@ -228,77 +222,70 @@ async def steer(args: argparse.Namespace) -> None:
         await follow(args, run)
 
 
-async def look(executor: RedisExecutor, jobs: Iterable[str] = ()) -> dict[str, str]:
+async def look(executor: RedisExecutor, jobs: list[str] = []) -> dict[str, str]:
     """Who works, and where each job is that a worker has or, of these, that is queued."""
     key, ready = executor.key, executor.key("ready")
     crew = await executor.send("ZRANGE", key("workers"), 0, -1)
     pipe: Any = executor.link.client.pipeline()  # all at one instant
     pipe.llen(ready).lindex(ready, -1)
     for worker in crew:
-        pipe.get(key("worker", worker)).pttl(key("worker", worker))
-        pipe.lrange(key("processing", worker), 0, -1)
-    for job in (asked := [*jobs]):
+        heartbeat = key("worker", worker)
+        pipe.get(heartbeat).pttl(heartbeat).lrange(key("processing", worker), 0, -1)
+    for job in jobs:
         pipe.lpos(ready, job)
     depth, oldest, *rest = await pipe.execute()
     found, replies = {"queue": f"has {depth} jobs; the oldest: {oldest or 'none'}"}, iter(rest)
-    for worker, beat, left, held in zip(crew, replies, replies, replies, strict=False):
-        age = f"heartbeat {6 - left / 1000:.0f} s ago"
-        if beat:
-            found[f"worker {worker}"] = f"has {len(held)} jobs ({age})"
+    nobody = ", and no worker is alive"
+    for worker, doing, left, held in zip(crew, replies, replies, replies, strict=False):
+        if doing:
+            nobody = ""
+            ages, beat = json.loads(doing), f"(heartbeat {6 - left / 1000:.0f} s ago)"
+            found[f"worker {worker}"] = f"has {len(held)} jobs {beat}"
         for job in held:
             found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
-            if beat:
-                since = f"{json.loads(beat).get(job, 0):.0f} s ({age})"
-                found[job] = f"is running on worker {worker} since {since}"
-    nobody = "" if any(name.startswith("worker ") for name in found) else ", and no worker is alive"
-    for job, index in zip(asked, replies, strict=True):
+            if doing:
+                found[job] = f"is running on worker {worker} since {ages.get(job, 0):.0f} s {beat}"
+    for job, index in zip(jobs, replies, strict=True):
         if index is not None:
             found[job] = f"is queued at place {depth - index} of {depth}{nobody}"
-    if nobody and not asked:
+    if nobody and not jobs:
         say("no worker is alive; in another terminal, type: python worker.py")
     return found
 
 
-def place_of(job: str, hash: dict[str, str], parked: dict[str, str], at: str) -> str:
-    """Where an active job is that is in no list."""
-    run, node, _ = job.split("/")
-    if f"{job} is parked" not in parked:
-        if hash["status"] == FAILED:
-            return "stands still, as its run failed; --resume runs it again"
-        return "is NOWHERE: not queued, not with a worker, not parked; please report it"
-    if parked[job]:
-        return (
-            f"waits for a person: {parked[job]} (to answer, type: {ANSWER.format(run, node)}{at})"
-        )
-    return f"waits for {parked[f'{job} left']} of {parked[f'{job} count']} child runs"
-
-
 async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) -> None:
     """Print a line for a run and for each token: where it is, and why; likewise its children."""
-    send, hash, indent = run.executor.send, dict[str, str](), "    " * run.origin.depth
-    while hash != (now := pairs(await send("HGETALL", run.keys[RUN]))):  # it moved meanwhile
-        hash, status = now, now["status"]
-        tokens = json.loads(hash["state"])["tokens"] if status in (RUNNING, FAILED) else {}
-        jobs = {n: f"{run.id}/{n}/{mark}" for n, mark in tokens.items() if mark not in MARKS}
-        found = await look(run.executor, jobs.values())
-        parked = pairs(await send("HGETALL", run.keys[PARKED]))
+    version, indent = "", "    " * run.origin.depth
+    while version != run.version:  # it moved meanwhile
+        version, jobs = run.version, run.active()
+        tokens = run.state.tokens if run.phase in (RUNNING, FAILED) else {}
+        found = await look(run.executor, [*jobs.values()])
+        parked = pairs(await run.executor.send("HGETALL", run.keys[PARKED]))
+        await run.read()
     where = dict.fromkeys(tokens, "waits, too")
-    for node, job in jobs.items():
-        delivery = int(hash.get(f"crashes {job}", 0)) + 1
-        place = f"{found[job]}, delivery {delivery}" if job in found else ""
-        where[node] = place or place_of(job, hash, parked, at)
+    for node, job in jobs.items() if tokens else ():
+        if job in found:
+            where[node] = f"{found[job]}, delivery {int(run.fields.get(f'crashes {job}', 0)) + 1}"
+        elif f"{job} is parked" in parked and parked[job]:
+            where[node] = f"waits for a person: {parked[job]} ({ANSWER.format(run.id, node)}{at})"
+        elif f"{job} is parked" in parked:
+            left, count = parked[f"{job} left"], parked[f"{job} count"]
+            where[node] = f"waits for {left} of {count} child runs"
+        elif run.phase == FAILED:
+            where[node] = "stands still, as its run failed; --resume runs it again"
+        else:
+            where[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
         event = last.get((run.id, node), {})
         if (until := event.get("at", 0) + event.get("delay", 0)) > time.time():
             where[node] += f", backs off until {time.ctime(until)[11:19]} after {event['error']}"
-    masks = flow.blockers(tokens)
-    for node in tokens.keys() - jobs:
-        others = [f"{other}, which {where[other]}" for other in flow.members(masks[node])]
+    for node, mask in flow.blockers(tokens).items():
+        others = [f"{other}, which {where[other]}" for other in flow.members(mask)]
         where[node] = "waits for " + "; and for ".join(others)
-    lines = [f"{indent}run {run.id} of {flow.id} is {status} {hash.get('error', '')}"]
+    lines = [f"{indent}run {run.id} of {flow.id} is {run.phase} {run.fields.get('error', '')}"]
     lines += [f"{indent}  {node} {why}" for node, why in where.items()]
     say("\n".join(map(escape, lines)), sys.stdout)
     for child in await run.children():
-        if (await child.status()).status in (RUNNING, FAILED):
+        if child.phase in (RUNNING, FAILED):
             await explain(child, flow.registry[child.origin.flow], last, at)
 
 
@@ -307,37 +294,12 @@ async def overview(args: argparse.Namespace) -> None:
     executor = await reach(args.redis)
     for what, place in (await look(executor)).items() if args.workers else ():
         say(f"{what} {place}", sys.stdout)
-    send, key = executor.send, executor.key
-    for id in await send("ZRANGE", key("runs"), 0, 19, "REV") if args.runs else ():
-        if run := pairs(await send("HGETALL", key("run", id))):
-            age, flow = time.time() - int(run["created"]), json.loads(run["origin"])["flow"]
-            nodes = ", ".join(json.loads(run["state"])["tokens"])
-            say(f"{id}  {flow:<20} {run['status']:<10} {age:>7.0f} s  {nodes}", sys.stdout)
-
-
-async def draw(run: RedisRun, flow: Flow) -> str:
-    """The graph of a run as Mermaid, coloured by state."""
-    status = await run.status()
-    events = [event async for event in run.events(follow=False) if event["run"] == run.id]
-    states = {event["node"]: "done" for event in events if event["event"] == "done"}
-    active = "running" if status.status == RUNNING else "failed"
-    states |= {n: "waiting" if mark in MARKS else active for n, mark in status.tokens.items()}
-    return mermaid(flow, states)
-
-
-def mermaid(flow: Flow, states: dict[str, str]) -> str:
-    """A flow as Mermaid; `states` says which nodes are done, running, waiting or failed."""
-    names = {node: f"n{i}" for i, node in enumerate(flow.nodes)}
-    lines = ["flowchart TD"]
-    for node, name in names.items():
-        lines.append(f'    {name}["{node}"]' + (f":::{states[node]}" if node in states else ""))
-    for source, by_action in flow.targets.items():
-        for action, targets in by_action.items():
-            label = re.sub(r'[#"<>&|]', lambda c: f"#{ord(c[0])};", escape(action))
-            arrow = "-->" if action == DEFAULT else f'-->|"{label}"|'
-            lines += [f"    {names[source]} {arrow} {names[target]}" for target in targets]
-    lines += [f"    classDef {s} fill:{FILLS[s]},color:#000" for s in sorted({*states.values()})]
-    return "\n".join(lines)
+    newest = ("ZRANGE", executor.key("runs"), 0, 19, "REV")
+    for id in await executor.send(*newest) if args.runs else ():
+        if run := await executor.find(id):
+            age, nodes = time.time() - int(run.fields["created"]), ", ".join(run.state.tokens)
+            about = f"{run.origin.flow:<20} {run.phase:<10} {age:>7.0f} s  {nodes}"
+            say(f"{id}  {about}", sys.stdout)
 
 
 if __name__ == "__main__":

@@ -784,7 +784,10 @@ class Hand:
         assert isinstance(outcome, Outcome)
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
         a = {"seen": view.version, "version": version, "job": job, "usage": {}, "keep": []}
-        a |= {"state": agentflow.encode(state._asdict()), "queue": view.jobs(ready, version)}
+        a |= {
+            "state": agentflow.encode(state._asdict()),
+            "queue": [f"{view.id}/{n}/{version}" for n in ready],
+        }
         a |= {"done": view.event("done", **outcome.event)}
         return a | {"values": outcome.changes}
 
@@ -2785,7 +2788,7 @@ async def test_a_resume_that_is_sent_again_resumes_once(space: Space, gate: Gate
     run = await flow("a", a=gate.broken).run({}, space.executor)
     await end_of(run)
     await run.read()
-    jobs, event = run.jobs(["a"], run.state.tokens["a"]), run.event("resumed")
+    jobs, event = [*run.active().values()], run.event("resumed")
     resume = {"version": new_id(), "seen": run.version, "state": run.fields["state"]}
     resume |= {"jobs": jobs, "forget": ["error"], "event": event}
 

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))  # as a script, it finds client.py from anywhere
+sys.path.insert(0, str(HERE.parent.parent))  # as a script, it finds agentflow.py from anywhere
 
 import graphs.nodes  # noqa: E402, F401
-from client import mermaid  # noqa: E402
 from graphs.check import load  # noqa: E402
+from graphs.draw import mermaid  # noqa: E402
 
 BELOW = re.compile(  # a link to a graph, text, a drawing, and what runs
     r"(\]\(([^()]+)\.json\)(?:(?!```).)*?\n\n)```mermaid\n.*?\n```\n(?:\nRuns [^\n]*\n)?", re.DOTALL
@@ -32,7 +32,7 @@ def drawn(text: str) -> str:
         runs = f"\nRuns `{' · '.join(counts)}`" if counts else ""
         if isinstance(expect.get("result"), str):
             runs += f" and gives `{expect['result']}`"
-        return f"{match[1]}```mermaid\n{mermaid(flow, {})}\n```\n" + (f"{runs}\n" if runs else "")
+        return f"{match[1]}```mermaid\n{mermaid(flow)}\n```\n" + (f"{runs}\n" if runs else "")
 
     return BELOW.sub(below, text)
 
