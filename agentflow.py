@@ -57,6 +57,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -1120,8 +1121,22 @@ class Link:
         delay = 0.0
         while self._queue:
             batch, self._queue = self._queue, []
-            if failed := await self._exchange(batch):
-                self._queue = failed + self._queue
+            try:
+                replies = await self._exchange([command for command, _ in batch])
+            except Exception as error:
+                replies = [error] * len(batch)
+            again = []
+            for (command, future), reply in zip(batch, replies, strict=True):
+                if future.cancelled():
+                    continue  # nobody waits for it, so it is not sent again
+                if not isinstance(reply, Exception):
+                    future.set_result(reply)
+                elif transient(reply):
+                    again.append((command, future))
+                else:
+                    future.set_exception(reply)
+            self._queue = again + self._queue
+            if again:
                 if not delay:
                     log.warning("redis does not answer; trying until it does")
                 delay = min(1.0, 2 * delay or 0.05)
@@ -1131,35 +1146,16 @@ class Link:
                 delay, self.back_since = 0.0, time.monotonic()
         self._flushing = None
 
-    async def _exchange(self, batch: list[Any]) -> list[Any]:
-        """Send, and hand out the replies; gives back what has to be sent again."""
-        try:
-            if not self._loaded:
-                await self.ask([("SCRIPT", "LOAD", script.text) for script in SCRIPTS])
-            replies = await self.ask([command for command, _ in batch])
-        except Exception as error:
-            replies = [error] * len(batch)
-        self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
-        failed = []
-        for (command, future), reply in zip(batch, replies, strict=True):
-            if future.cancelled():
-                continue
-            if isinstance(reply, Exception) and transient(reply):
-                failed.append((command, future))
-            else:
-                give = future.set_exception if isinstance(reply, Exception) else future.set_result
-                give(reply)
-        return failed
-
-    async def ask(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+    async def _exchange(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         """The replies, a refused command's error among them. Packed and sent in one go, which
         costs a worker a sixth less than a pipeline of redis-py."""
+        loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
         replies: list[Any] = []
         try:
             async with asyncio.timeout(3):
-                packed = b"".join(map(hiredis.pack_command, commands))
+                packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
                 await self._connection.send_packed_command(packed)
-                for _ in commands:
+                while len(replies) < len(loads) + len(commands):
                     try:
                         replies.append(await self._connection.read_response())
                     except exceptions.ResponseError as refusal:
@@ -1167,7 +1163,8 @@ class Link:
         except BaseException:
             await self._connection.disconnect(nowait=True)  # what still comes is nobody's reply
             raise
-        return replies
+        self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
+        return replies[len(loads) :]
 
 
 def pairs(flat: Any) -> dict[str, str]:
@@ -1245,6 +1242,11 @@ class RedisRun(Run):
         id = self.id if self.id != self.origin.root else ""
         return encode(event_of(event, id, self.origin.flow, **more))
 
+    def record(self, event: str, **more: Any) -> None:
+        """Record an event of a node; nobody waits for it."""
+        trim, text = ("NOMKSTREAM", "MAXLEN", "~", 10000), self.event(event, **more)
+        self.executor.send("XADD", self.keys[EVENTS], *trim, "*", "event", text)
+
     def end(self, status: str, error: str = "", result: str = "") -> dict[str, Any]:
         """What a script that ends the run is given: among it what a parent is told."""
         told = result or encode(failure_of(self.id, self.origin.flow, status, error))
@@ -1258,14 +1260,11 @@ class RedisRun(Run):
 
     def start(self, flow: Flow, values: dict[str, str], **more: Any) -> asyncio.Future[Any]:
         """Make the run: a user's with its graph's `text`, or a child with the `count` of them."""
-        version = new_id()
-        state, ready = flow.first(version)
+        self.version = new_id()
+        self.state, _ = flow.first(self.version)
         origin = {k: v for k, v in vars(self.origin).items() if v not in ("", 0, None)}
-        a = {"origin": encode(origin), "event": self.event("started"), "version": version, **more}
-        a |= {
-            "state": encode(state._asdict()),
-            "jobs": [f"{self.id}/{node}/{version}" for node in ready],
-        }
+        a = {"version": self.version, "origin": encode(origin), "event": self.event("started")}
+        a |= {"state": encode(self.state._asdict()), "jobs": [*self.active().values()], **more}
         return self.change(START, self.executor.key("runs"), values=values, **a)
 
     def update(self, fields: Any, context: Any) -> None:
@@ -1316,15 +1315,13 @@ class RedisRun(Run):
         """End the run and its children for good, their nodes within about a second. Should this
         process die meanwhile, say it again: the children are looked for each time. RunError if the
         run is completed or cancelled already."""
-        found = await self._cancel("by request")
-        if found not in (RUNNING, FAILED):
-            raise RunError(f"run {self.id} is {found} already")
-
-    async def _cancel(self, why: str) -> str:
+        why = "with its parent" if self.origin.parent else "by request"
         found = await self.change(END, **self.end(CANCELLED, why))
         for child in await self.children():  # no more can come: START asks for the parent's status
-            await child._cancel("with its parent")
-        return str(found)
+            with suppress(RunError):  # it has ended before
+                await child.cancel()
+        if found not in (RUNNING, FAILED):
+            raise RunError(f"run {self.id} is {found} already")
 
     async def resume(self, inputs: Mapping[str, Any] = {}) -> None:
         """Go on from exactly where the run, and children that it waits for, failed, with these
@@ -1479,7 +1476,7 @@ class Worker:
             if not claimed:
                 return
             try:
-                outcome = await self._execute(job, held, claimed)
+                outcome = await self._execute(held, claimed)
                 if self.held.get(job) is not held:
                     return  # somebody else has it by now
                 if isinstance(outcome, Park):
@@ -1544,19 +1541,11 @@ class Worker:
             self._registries[origin.graph] = Registry(json.loads(graph))
         return self._registries[origin.graph][origin.flow]
 
-    async def _execute(self, job: str, held: Held, claimed: Claimed) -> Outcome | Park:
+    async def _execute(self, held: Held, claimed: Claimed) -> Outcome | Park:
         run, node, ctx, failure = claimed
-
-        def record(event: str, **more: Any) -> None:
-            """Record an event of the node; nobody waits for it."""
-            text = run.event(event, **more)
-            self.send(
-                "XADD", run.keys[EVENTS], "NOMKSTREAM", "MAXLEN", "~", 10000, "*", "event", text
-            )
-
         held.once, held.executing = not node.retries, asyncio.current_task()
         try:
-            return await execute(node, ctx, failure, record)
+            return await execute(node, ctx, failure, run.record)
         finally:
             held.executing = None
 
