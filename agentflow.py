@@ -56,7 +56,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -1263,9 +1263,10 @@ class RedisRun(Run):
         self.version = new_id()
         self.state, _ = flow.first(self.version)
         origin = {k: v for k, v in vars(self.origin).items() if v not in ("", 0, None)}
-        a = {"version": self.version, "origin": encode(origin), "event": self.event("started")}
-        a |= {"state": encode(self.state._asdict()), "jobs": [*self.active().values()], **more}
-        return self.change(START, self.executor.key("runs"), values=values, **a)
+        more |= {"version": self.version, "state": encode(self.state._asdict())}
+        more |= {"origin": encode(origin), "event": self.event("started")}
+        more |= {"jobs": [*self.active().values()]}
+        return self.change(START, self.executor.key("runs"), values=values, **more)
 
     def update(self, fields: Any, context: Any) -> None:
         """Take over what READ, or a COMMIT that came too late, has found."""
@@ -1524,7 +1525,7 @@ class Worker:
             await asyncio.sleep(0.05)
         return claimed if self.held.get(job) is held else None
 
-    def _claimed(self, job: str, run: RedisRun, node: Node, told: Iterable[Any] = ()) -> Claimed:
+    def _claimed(self, job: str, run: RedisRun, node: Node, told: Sequence[Any] = ()) -> Claimed:
         """What a job needs, from what is known of its run now, and what the job was told, of which
         it hears once that is all, or a failure."""
         failures = [text for status, text in filter(None, told) if status != COMPLETED]
