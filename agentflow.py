@@ -22,12 +22,14 @@ The words, each with an example:
     run       one execution of a flow                           "5f0c1a..."
     token     stands at a node, one at most, with a mark:       {"hello": "8d1f03..."}
               "waiting", "returned" (to a loop's head) or, at an active node, a random id
-    job       one activation of one node: run/node/mark         "5f0c1a.../hello/8d1f03..."
+    job       one activation of one node: run/node/mark;        "5f0c1a.../hello/8d1f03..."
+              what the queue moves, and an idempotency key
     visit     which activation of its node this is since its loop was entered; 1 outside of loops
     child     a run that a node has started, and waits for; the root is the run that a user started
     parked    so is a job that waits for its children or for a person; no worker has it
     custody   a worker's, of the jobs in its own list, from taking them to their end
     delivery  one time that a job is taken: a second one follows when the first one's worker dies
+    executor  where a flow runs: InMemoryExecutor, RedisExecutor, or one of your own
 
 What holds, whatever is killed, whenever; each is named where it is upheld:
 
@@ -510,7 +512,7 @@ class Flow:
                     others.update(targets)
         return self.nodes.keys() - others
 
-    # What who starts a run wants to know.
+    # What starting a run takes.
 
     @cached_property
     def needs(self) -> set[str]:
@@ -829,11 +831,10 @@ end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
 end
-local function expire(days)  -- after each step of a run, and so of all that the step has made (I5)
-  for _, key in ipairs({run, context, parked, run == root and events or run}) do
-    call('EXPIRE', key, days * 86400)
-  end
-  call('EXPIRE', graph, 30 * 86400)  -- other runs may have it, too
+local function expire(days)  -- at the end of each step: it may have made any of these keys (I5)
+  for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
+  if run == root then call('EXPIRE', events, days * 86400) end  -- which a child shares
+  call('EXPIRE', graph, 30 * 86400)  -- which other runs share
 end
 local function is_active(run, job)  -- its token is still there, and the run is running
   local node, mark = string.match(job, '/(.*)/(.*)')

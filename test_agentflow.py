@@ -2202,6 +2202,20 @@ async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space)
     assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
 
 
+async def test_a_worker_runs_no_more_at_once_than_it_may(space: Space, gate: Gate) -> None:
+    wide = flow("s -> a b c d", **dict.fromkeys("sabcd", gate.data))
+    runs = [await wide.run({}, space.executor) for _ in range(2)]
+    space.worker(concurrency=5)
+    await gate.reached("s", 2)
+
+    gate.open("s")  # for both, so that both may want the three free slots
+    await wait_until(lambda: sum(len(gate.begun(node)) for node in "abcd") == 5)
+
+    assert space.redis.llen(space.key("ready")) == 3
+    gate.open(*"abcd")
+    assert {(await end_of(run)).status for run in runs} == {COMPLETED}
+
+
 async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space: Space) -> None:
     spending = flow("a -> b", a={"type": "spender", "tokens": 1})
     run = await spending.run({}, space.executor)
