@@ -1559,10 +1559,11 @@ class Worker:
             while decision := self._decide(job, claimed, outcome):
                 state, context, ready, a = decision
                 keep = ready[: 0 if self.stopping or self._suspect else max(0, self._room() + 1)]
-                self.held |= {other: Held() for other in keep}  # lest their room be given twice
+                # The first has this job's slot; that of the others must not be given twice.
+                self.held |= {other: Held() for other in keep[1:]}
                 a |= {"keep": keep, "queue": ready[len(keep) :]}
                 found = await run.change(COMMIT, copy, values=outcome.changes, **a)
-                for other in keep:
+                for other in keep[1:]:
                     del self.held[other]
                 if not found:
                     run.version, run.state, run.context = a["version"], state, context
