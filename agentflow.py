@@ -944,7 +944,7 @@ return {call('HGETALL', run), call('HGETALL', context), told}
 # whoever commits it first wins. Each change of a run's status, state or parked jobs is a new
 # version, drawn at random: a Redis that lost its last second would give a number a second time.
 #   KEYS  .. parents_parked, copy
-#   a     seen version job state usage done keep queue, status error event parent index told
+#   a     seen version jobs state usage done keep queue, status error event parent index told
 #   gives nothing, or what stands there instead, as READ does
 COMMIT = Script("""
 if call('HGET', run, 'version') ~= a.seen then
@@ -953,10 +953,10 @@ end
 for kind, count in pairs(call('EXISTS', root) == 1 and a.usage or {}) do
   call('HINCRBY', root, 'usage ' .. kind, count)
 end
-call('LREM', mine, 0, a.job)
+for _, job in ipairs(a.jobs) do call('LREM', mine, 0, job) end
 put_context()
 call('HSET', run, 'version', a.version, 'state', a.state)
-record(a.done)
+for _, event in ipairs(a.done) do record(event) end
 push(mine, a.keep)
 push(ready, a.queue)
 if a.status then
@@ -1380,6 +1380,7 @@ class Held:
     since: float = field(default_factory=time.monotonic)
     executing: asyncio.Task[None] | None = None  # may be cancelled
     once: bool = False  # it has begun, and must not begin again
+    outcome: Outcome | None = None  # is to be committed
 
 
 class Worker:
@@ -1484,7 +1485,8 @@ class Worker:
                 if isinstance(outcome, Park):
                     await self._park(job, claimed, outcome)
                 else:
-                    await self._commit(job, claimed, outcome)
+                    held.outcome = outcome
+                    await self._commit(job, held, claimed)
             except RunError as error:
                 await self._fail(job, claimed.run, str(error))
         except Exception:  # charged, so that it does not come again for ever
@@ -1551,54 +1553,63 @@ class Worker:
         finally:
             held.executing = None
 
-    async def _commit(self, job: str, claimed: Claimed, outcome: Outcome) -> None:
+    async def _commit(self, job: str, held: Held, claimed: Claimed) -> None:
         """Record what an activation came to, decided anew whenever the run has moved. The commits
-        of a run take turns: each is decided from what the one before it has left."""
+        of a run take turns, and what has ended by then shares one."""
         run, nodes, copy = claimed.run, claimed.node.flow.nodes, claimed.run.keys[EVENTS] + ":copy"
         async with run.turn:
-            while decision := self._decide(job, claimed, outcome):
-                state, context, ready, a = decision
-                keep = ready[: 0 if self.stopping or self._suspect else max(0, self._room() + 1)]
-                # The first has this job's slot; that of the others must not be given twice.
-                self.held |= {other: Held() for other in keep[1:]}
-                a |= {"keep": keep, "queue": ready[len(keep) :]}
-                found = await run.change(COMMIT, copy, values=outcome.changes, **a)
-                for other in keep[1:]:
+            if len(run.state.tokens) > 1:
+                await asyncio.sleep(0)  # so that what ends at the same time shares the commit
+            while self.held.get(job) is held and (decision := self._decide(job, claimed)):
+                ended, state, ready, a = decision
+                room = 0 if self.stopping or self._suspect else self._room() + len(ended)
+                keep, queue = ready[: max(0, room)], ready[max(0, room) :]
+                # The first have the slots of what has ended; the others' must not be given twice.
+                self.held |= {other: Held() for other in keep[len(ended) :]}
+                found = await run.change(COMMIT, copy, keep=keep, queue=queue, **a)
+                for other in keep[len(ended) :]:
                     del self.held[other]
-                if not found:
-                    run.version, run.state, run.context = a["version"], state, context
-                    self.counts["done"] += 1
+                if found:
+                    run.update(*found)
+                    continue
+                run.version, run.state = a["version"], state
+                run.context = run.context | a["values"]
+                self.counts["done"] += len(ended)
+                for each, outcome in ended.items():
                     seconds = outcome.event["seconds"]
-                    log.info("done %s -> %s in %.3f s", job, outcome.action, seconds)
-                    self._forget(job)
-                    for other in keep:
-                        self._begin(other, self._claimed(other, run, nodes[other.split("/")[1]]))
-                    return
-                run.update(*found)
-        self.counts["refused"] += 1
-        await self._give_back(job)
+                    log.info("done %s -> %s in %.3f s", each, outcome.action, seconds)
+                    self._forget(each)
+                for other in keep:
+                    self._begin(other, self._claimed(other, run, nodes[other.split("/")[1]]))
+        if self.held.get(job) is held:
+            self.counts["refused"] += 1
+            await self._give_back(job)
 
     def _decide(
-        self, job: str, claimed: Claimed, outcome: Outcome
-    ) -> tuple[State, dict[str, str], list[str], dict[str, Any]] | None:
-        """What an activation that has ended leads to: the state, the context, the jobs that may
-        then run, and what COMMIT is told; None if it cannot be committed any more."""
-        run, (_, node, mark) = claimed.run, job.split("/")
-        if run.phase not in (RUNNING, FAILED) or run.state.tokens.get(node) != mark:
-            return None
-        seen, version = run.version, new_id()
-        state, nodes = claimed.node.flow.advance(run.state, node, outcome.action, version)
-        if run.phase == FAILED and not state.tokens:
-            return None  # its last token: a resume goes on from it
-        context = run.context | outcome.changes
-        done = run.event("done", **outcome.event)
-        a = {"seen": seen, "version": version, "job": job, "usage": outcome.usage, "done": done}
-        a["state"] = encode(state._asdict())
+        self, job: str, claimed: Claimed
+    ) -> tuple[dict[str, Outcome], State, list[str], dict[str, Any]] | None:
+        """What those of a run's jobs that have ended lead to: they, the state, the jobs that may
+        then run, and what COMMIT is told; None if this one cannot be committed any more."""
+        run, flow, version = claimed.run, claimed.node.flow, new_id()
+        state, ready, done, usage = run.state, list[str](), list[str](), Counter[str]()
+        changes = dict[str, str]()
+        jobs = run.active().values() if run.phase in (RUNNING, FAILED) else ()
+        ended = {j: held.outcome for j in jobs if (held := self.held.get(j)) and held.outcome}
+        for each, outcome in ended.items():
+            state, nodes = flow.advance(state, each.split("/")[1], outcome.action, version)
+            ready += [f"{run.id}/{node}/{version}" for node in nodes]
+            done.append(run.event("done", **outcome.event))
+            usage.update(outcome.usage)
+            changes |= outcome.changes
+        if job not in ended or run.phase == FAILED and not state.tokens:
+            return None  # its token is gone; or it is the last one, from which a resume goes on
+        a: dict[str, Any] = {"seen": run.version, "version": version, "jobs": [*ended]}
+        a |= {"state": encode(state._asdict()), "usage": usage, "done": done, "values": changes}
         if not state.tokens:
-            a |= run.end(COMPLETED, result=result_of(context, run.origin.gives))
+            result = result_of(run.context | changes, run.origin.gives)
+            a |= run.end(COMPLETED, result=result)
         # A failed run keeps what its other nodes still finish, but goes on to nothing.
-        ready = [f"{run.id}/{node}/{version}" for node in nodes] if run.phase == RUNNING else []
-        return state, context, ready, a
+        return ended, state, ready if run.phase == RUNNING else [], a
 
     async def _park(self, job: str, claimed: Claimed, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""

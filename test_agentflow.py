@@ -783,12 +783,12 @@ class Hand:
         outcome = await execute(self.flow.nodes[node], ctx, "", quiet)
         assert isinstance(outcome, Outcome)
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
-        a = {"seen": view.version, "version": version, "job": job, "usage": {}, "keep": []}
+        a = {"seen": view.version, "version": version, "jobs": [job], "usage": {}, "keep": []}
         a |= {
             "state": agentflow.encode(state._asdict()),
             "queue": [f"{view.id}/{n}/{version}" for n in ready],
         }
-        a |= {"done": view.event("done", **outcome.event)}
+        a |= {"done": [view.event("done", **outcome.event)]}
         return a | {"values": outcome.changes}
 
     async def commit(self, decision: dict[str, Any]) -> bool:
