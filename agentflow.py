@@ -1404,6 +1404,7 @@ class Worker:
         self._registries: dict[str, Registry] = {}  # by graph
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
+        self._asked = 0  # how many jobs may yet come by a command that is under way
         self._suspect = ""  # a job that has crashed, and waits until no other is held, or runs
         self._odd: set[str] = set()  # jobs listed but not held, or held but not listed, last time
 
@@ -1441,23 +1442,27 @@ class Worker:
     # is committed, it may come back at once: so it is forgotten before its custody ends in Redis.
 
     def _room(self) -> int:
-        return 0 if self._suspect else self.concurrency - len(self.held)
+        return 0 if self._suspect else self.concurrency - len(self.held) - self._asked
 
     async def _take(self) -> None:
         """Take as many jobs as there is room for; return after a second without one."""
         ends = (self.key("ready"), self.processing)
         try:
+            self._asked = 1
             first: Any = await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT")
+            self._asked = 0
             if first:
                 await self._receive([first])
                 await asyncio.sleep(0)  # lets READ be sent first, in one batch with TAKE
                 if (room := self._room()) > 0 and not self.stopping:
+                    self._asked = room
                     more = self.send(*TAKE.on(ends, room=room))
                     await self._receive(await asyncio.wait_for(more, 3))
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
             await asyncio.sleep(0.2)
+        self._asked = 0
 
     async def _receive(self, jobs: list[str]) -> None:
         for job in jobs:

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import redis.asyncio
 import redis.exceptions
 from redis._parsers.base import BaseParser
+from redis.exceptions import NoScriptError
 
 import agentflow
 import graphs.nodes  # noqa: F401, for sub-workflow and map
@@ -686,14 +687,18 @@ class GatedPipeline(redis.asyncio.client.Pipeline):
 def route(link: Any, client: GatedClient) -> None:
     """Let all that a link sends pass the gate."""
 
-    async def ask(commands: list[tuple[Any, ...]]) -> list[Any]:
+    async def exchange(commands: list[tuple[Any, ...]]) -> list[Any]:
+        if not link._loaded:  # which is not worth a step
+            for script in agentflow.SCRIPTS:
+                client.gate.redis.script_load(script.text)
         async with client.pipeline(transaction=False) as pipe:
             for command in commands:
                 pipe.execute_command(*command)
             replies: list[Any] = await pipe.execute(raise_on_error=False)
+        link._loaded = not any(isinstance(reply, NoScriptError) for reply in replies)
         return replies
 
-    link.client, link.ask = client, ask
+    link.client, link._exchange = client, exchange
 
 
 @dataclass
@@ -744,8 +749,6 @@ class Gate:
 
     async def send(self, actor: str, args: tuple[Any, ...]) -> Any:
         """A command, as this actor's client sees it."""
-        if args[0] == "SCRIPT LOAD":  # not worth a step
-            return self.redis.execute_command(*args)
         what = NAMES[args[1]] if args[0] == "EVALSHA" else " ".join(map(str, args[:2]))
         verdict = await self.enter(actor, what)
         if verdict == "lost request":
