@@ -814,7 +814,7 @@ class Origin:
 
 # What scripts share. KEYS begin in this order (`.. heartbeat`: up to that one), but for TAKE and
 # BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and values follow
-# as they are, because Lua would make {} of [] and round integers; nor does it look into a state.
+# as they are, because Lua would make {} of [] and round integers. A state is a text in `a`, too.
 RUN, PARKED, EVENTS, GRAPH = 0, 2, 6, 8  # where in a run's keys these are
 SHARED = """
 local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked =
