@@ -26,9 +26,10 @@ The words, each with an example:
               what the queue moves, and an idempotency key
     visit     which activation of its node this is since its loop was entered; 1 outside of loops
     child     a run that a node has started, and waits for; the root is the run that a user started
-    parked    so is a job that waits for its children or for a person; no worker has it
-    custody   a worker's, of the jobs in its own list, from taking them to their end
-    delivery  one time that a job is taken: a second one follows when the first one's worker dies
+    parked    a job that waits for its children, or for a person: no worker has it
+    custody   a worker's, of the jobs in its own list, until they end, are parked or given back
+    heartbeat a key with a TTL (the lease) by which a worker shows that it lives
+    delivery  one time that a job comes to a worker: a second one follows when the first one dies
     executor  where a flow runs: InMemoryExecutor, RedisExecutor, or one of your own
 
 What holds, whatever is killed, whenever; each is named where it is upheld:
@@ -36,7 +37,7 @@ What holds, whatever is killed, whenever; each is named where it is upheld:
     I1  A node may execute more than once; its effect on the run commits at most once, and exactly
         once in a run that completes.
     I2  Each active token of a running run is in exactly one place: the ready list, one worker's
-        processing list, or parked. (In two only if a resume queues what a worker still has.)
+        processing list, or parked. (In two, briefly, if what a worker still has is queued again.)
     I3  A run that can move moves; one that cannot says why. No job is dropped in silence.
     I4  Every executor gives the same context and commits the same (node, visit, action).
     I5  No key outlives its TTL; a finished run leaves nothing else behind.
@@ -626,7 +627,8 @@ class Executor(Protocol):
 
 
 def new_id() -> str:
-    """A random id: of a run, or of a version of it, which is also the mark of what it activates."""
+    """A random id: of a run, or of a version of it. A version's id is also the mark of the tokens
+    that it makes active."""
     return secrets.token_hex(8)
 
 
@@ -768,19 +770,19 @@ class MemoryRun(Run):
 # ── 6. Redis: keys and scripts ───────────────────────────────────────────────────────────────
 # What several processes must agree on. A step that takes more than one command is a script, which
 # Redis runs as a whole. Redis takes nothing back when a script fails, so nothing in it may fail
-# after its first write.
+# after its first write; of an OOM it is safe there, for a script that has written may write on.
 #
-#   key                    type        holds
-#   ready                  list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
-#   processing:<worker>    list        what this worker has taken and not yet given back
-#   workers                sorted set  who exists, by when they were last heard of
-#   worker:<worker>        string      there while the worker lives (a TTL): what it is doing
-#   runs                   sorted set  runs that a user started, by the time of starting
-#   run:<id>               hash        origin, status, version, state, crashes, error, usage
-#   run:<id>:context       hash        one field a context key: its value as JSON text
-#   run:<id>:parked        hash        what parked jobs wait for, and what has come of it
-#   run:<id>:events        stream      what happened to a root run and its children, capped
-#   graph:<sha256>         string      the graph that a run was started with, and its sub-flows
+#   key                   type        holds
+#   ready                 list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
+#   processing:<worker>   list        the jobs in this worker's custody
+#   workers               sorted set  who exists, by when they were last heard of
+#   worker:<worker>       string      there while the worker lives (a TTL): what it is doing
+#   runs                  sorted set  runs that a user started, by the time of starting
+#   run:<id>              hash        origin, created, status, version, state, crashes, error, usage
+#   run:<id>:context      hash        one field a context key: its value as JSON text
+#   run:<id>:parked       hash        what parked jobs wait for, and what has come of it
+#   run:<id>:events       stream      what happened to a root run and its children, capped
+#   graph:<sha256>        string      the graph that a run was started with, and its sub-flows
 #
 # LPUSH puts into a list on the left. BLMOVE waits for a job on the right of `ready` and moves it
 # into another list, in one step: so no worker's death can lose a job (I2).
@@ -789,7 +791,7 @@ class MemoryRun(Run):
 #     '<------RELEASE------------'
 #
 # COMMIT puts the successors into ready or, as many as its worker has room for, into that worker's
-# own list, where they need no READ.
+# own list: these it keeps, and they need no READ.
 #
 # Fields of a job in run:<id>:parked. <job>: what it asks, or ''. <job> count: its children, or 1.
 # <job> left: 0 or less as soon as it has something to read. <job> <i>: what child i, or a person,
@@ -812,10 +814,11 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS begin in this order (`.. heartbeat`: up to that one), but for TAKE and
-# BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and values follow
-# as they are, because Lua would make {} of [] and round integers. A state is a text in `a`, too.
-RUN, PARKED, EVENTS, GRAPH = 0, 2, 6, 8  # where in a run's keys these are
+# What scripts share. KEYS begin in this order (`.. mine`: that is the last one that is needed), but
+# for TAKE and BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and
+# values follow as they are, because Lua would make {} of [] and round integers. A state is a text
+# in `a`: only Python makes one.
+RUN, PARKED, EVENTS = 0, 2, 6  # where in a run's keys these are
 SHARED = """
 local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked =
   unpack(KEYS)
@@ -843,7 +846,7 @@ local function is_active(run, job)  -- its token is still there, and the run is 
 end
 -- What a job waits for is written once, and before any child that will give it is there: whoever
 -- cancels the run must find the children. `left` says how many are to come before the job has
--- something to read: all of them, or one failure, which therefore counts as much as all.
+-- something to read: all of them, or one failure, which takes off as much as all of them.
 local function expect(parked, job)
   if call('HSETNX', parked, job, a.question or '') == 1 then
     call('HSET', parked, job .. ' count', a.count, job .. ' left', a.count)
@@ -881,10 +884,10 @@ class Script:
         self.text = SHARED + text
         self.digest = hashlib.sha1(self.text.encode()).hexdigest()
 
-    def on(self, keys: Iterable[str], values: Mapping[str, str] = {}, **a: Any) -> tuple[Any, ...]:
+    def on(self, keys: Sequence[str], values: Mapping[str, str] = {}, **a: Any) -> tuple[Any, ...]:
         """The command that runs it with these keys, context values and arguments."""
         flat = [text for pair in values.items() for text in pair]
-        return ("EVALSHA", self.digest, len(keys := [*keys]), *keys, encode(a), *flat)
+        return ("EVALSHA", self.digest, len(keys), *keys, encode(a), *flat)
 
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active,
@@ -939,13 +942,14 @@ end
 return {call('HGETALL', run), call('HGETALL', context), told}
 """)
 
-# COMMIT is the only way in which a run moves: all of it if the run's version is still the one that
-# the decision was made from, else nothing (I1). It asks for no custody: the token is the fence, and
-# whoever commits it first wins. Each change of a run's status, state or parked jobs is a new
-# version, drawn at random: a Redis that lost its last second would give a number a second time.
+# COMMIT is the only way in which a run moves: it records what came of one or more of its jobs, if
+# the run's version is still the one that the decision was made from, else nothing (I1). It asks for
+# no custody, for the token is the fence: of two workers that did one job the first to commit wins.
+# A run has a new version with each change of its status or state, and when a job of it is parked or
+# told; drawn at random, for a Redis that lost its last second would give a number a second time.
 #   KEYS  .. parents_parked, copy
 #   a     seen version jobs state usage done keep queue, status error event parent index told
-#   gives nothing, or what stands there instead, as READ does
+#   gives nothing, or the fields and the context that stand there instead
 COMMIT = Script("""
 if call('HGET', run, 'version') ~= a.seen then
   return {call('HGETALL', run), call('HGETALL', context)}
@@ -972,9 +976,9 @@ end
 return {}
 """)
 
-# END ends a run: without a job as cancelled, for good; with one as failed, until a resume. Only its
-# custodian may fail it, while its token is there: a worker that was taken for dead must not fail
-# what another one does, and nobody what another one has done (I1).
+# END ends a run: without a job as cancelled, for good; with one as failed, until a resume. A run is
+# failed only by a worker that has the job in custody, and while the job's token is there: who was
+# taken for dead must not fail what another one does, and nobody what another one has done (I1).
 #   KEYS  .. parents_parked
 #   a     job version status error event parent index told
 #   gives the status that it found, or nothing without custody
@@ -991,9 +995,9 @@ return status
 """)
 
 # RELEASE takes a job from a worker's list and puts it where it belongs (I2): back to where jobs are
-# taken next or, with a `count` of what it waits for, aside, until it has something to read. If
-# nothing is left to do, it goes nowhere: a resume queues it anew. That of a `dead` worker is taken
-# only while its heartbeat is missing; `crashed` counts.
+# taken next or, with a `count` of what it waits for, aside, until it has something to read. If it
+# is done, or its run stands, it goes nowhere: a resume queues it anew. With `dead` it is taken only
+# while the worker's heartbeat is missing; with `crashed` that is counted.
 #   KEYS  .. heartbeat, or .. root for a job that waits
 #   a     job dead crashed, version count question event
 #   gives 1 if it was in custody
@@ -1015,7 +1019,7 @@ call('RPUSH', ready, a.job)
 return 1
 """)
 
-# BEAT keeps a worker alive: with PEXPIRE, which works at maxmemory, where SET does not.
+# BEAT keeps a worker alive, also at maxmemory: PEXPIRE works there, where SET alone would not.
 #   KEYS  heartbeat, workers
 #   a     worker lease doing
 BEAT = Script("""
@@ -1065,7 +1069,8 @@ SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)
 
 
 # ── 7. Redis: starting and steering runs ─────────────────────────────────────────────────────
-# What a client does. A run carries its graph, so a worker needs node types, but no graph files.
+# What a client does, and what a worker shares with it. A run carries its graph, so a worker needs
+# node types, but no graph files.
 
 PASSING = re.compile(  # the codes of errors that pass; those from inside a script follow a dash
     r"(^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|NOSCRIPT|OOM|READONLY|TRYAGAIN"
@@ -1092,8 +1097,9 @@ def connect(url: str) -> redis.asyncio.Redis:
 
 
 class Link:
-    """A connection on which commands that are given in one turn of the event loop travel together.
-    After an outage, which is logged once, they are sent again; so each must do no harm twice."""
+    """Commands that are given in one pass of the event loop travel together, on a connection of
+    their own. After an outage, which is logged once, they are sent again; so each must do no harm
+    twice. (`client` has others, for what is asked once.)"""
 
     def __init__(self, url: str) -> None:
         self.client = connect(url)
@@ -1358,10 +1364,10 @@ class RedisRun(Run):
 
 # ── 8. Redis: the worker ─────────────────────────────────────────────────────────────────────
 # Takes jobs, runs them and commits what came of them; and once a second shows that it lives, and
-# looks for jobs that somebody lost (I3). Only a node's own work is ever cancelled, and that never
-# waits for Redis: safety comes from the processing list, not from `finally`.
+# looks for jobs that somebody lost (I3). Only a node's own work is ever cancelled, and that work
+# never waits for Redis: safety comes from the processing list, not from `finally`.
 
-CRASHES = 5  # deaths of a worker with a job at which the job's run fails; 1 if it has no retries
+CRASHES = 5  # a run fails when so many workers have died with one job; 1 if its node has no retries
 
 
 class Claimed(NamedTuple):
@@ -1400,12 +1406,12 @@ class Worker:
         self.stopping = self._leaving = False
         self.held: dict[str, Held] = {}  # by job
         self.counts = Counter(dict.fromkeys(("done", "refused", "audited", "lost", "reaped"), 0))
-        self._runs = WeakValueDictionary[str, RedisRun]()  # by id, while a job of it is held
+        self._runs = WeakValueDictionary[str, RedisRun]()  # by id, while somebody works on it
         self._registries: dict[str, Registry] = {}  # by graph
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
         self._asked = 0  # how many jobs may yet come by a command that is under way
-        self._suspect = ""  # a job that has crashed, and waits until no other is held, or runs
+        self._suspect = ""  # a job that two workers died with: it runs when no other is held
         self._odd: set[str] = set()  # jobs listed but not held, or held but not listed, last time
 
     async def run(self) -> None:
@@ -1438,8 +1444,9 @@ class Worker:
             await self._give_back(job)
         await self.send("DEL", self.key("worker", self.id))
 
-    # A job's way: taken, claimed, executed, and committed, parked, failed or given back. Unless it
-    # is committed, it may come back at once: so it is forgotten before its custody ends in Redis.
+    # A job's way: taken, claimed (what it needs is read), executed, and committed, parked, failed
+    # or given back. Then this worker forgets it, and Redis ends its custody: in this order, for it
+    # may come back at once, unless it is committed.
 
     def _room(self) -> int:
         return 0 if self._suspect else self.concurrency - len(self.held) - self._asked
@@ -1478,7 +1485,7 @@ class Worker:
         task.add_done_callback(self._tasks.discard)
 
     async def _work(self, job: str, held: Held, claimed: Claimed | None) -> None:
-        """One delivery of a job; one that a commit of this worker has queued is claimed already."""
+        """One delivery of a job; one that a commit of this worker has kept is claimed already."""
         try:
             claimed = claimed or await self._claim(job, held)
             if not claimed:
@@ -1495,7 +1502,7 @@ class Worker:
             except RunError as error:
                 await self._fail(job, claimed.run, str(error))
         except Exception:  # charged, so that it does not come again for ever
-            log.exception("Redis refused a command; giving back %s, as if we had crashed", job)
+            log.exception("giving back %s, as if we had crashed", job)
             await self._give_back(job, crashed=True)
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
@@ -1516,7 +1523,7 @@ class Worker:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(job, run, text)
             return None
-        if run.phase != RUNNING or run.state.tokens.get(name) != mark:  # a resume queues it anew
+        if run.phase != RUNNING or run.state.tokens.get(name) != mark:  # see RELEASE
             await self._give_back(job)
             return None
         crashes = int(run.fields.get(f"crashes {job}", 0))
@@ -1534,8 +1541,8 @@ class Worker:
         return claimed if self.held.get(job) is held else None
 
     def _claimed(self, job: str, run: RedisRun, node: Node, told: Sequence[Any] = ()) -> Claimed:
-        """What a job needs, from what is known of its run now, and what the job was told, of which
-        it hears once that is all, or a failure."""
+        """What a job needs, from what is known of its run now. Of what it was told it hears when
+        all has come, or a failure."""
         failures = [text for status, text in filter(None, told) if status != COMPLETED]
         results = [result for _, result in told] if told and all(told) else None
         visit, origin = run.state.visits.get(node.id, 1), run.origin
@@ -1559,8 +1566,8 @@ class Worker:
             held.executing = None
 
     async def _commit(self, job: str, held: Held, claimed: Claimed) -> None:
-        """Record what an activation came to, decided anew whenever the run has moved. The commits
-        of a run take turns, and what has ended by then shares one."""
+        """Record what a job came to, and with it the other held jobs of its run that have ended by
+        now; decided anew whenever the run has moved. The commits of a run take turns."""
         run, nodes, copy = claimed.run, claimed.node.flow.nodes, claimed.run.keys[EVENTS] + ":copy"
         async with run.turn:
             if len(run.state.tokens) > 1:
@@ -1569,11 +1576,11 @@ class Worker:
                 ended, state, ready, a = decision
                 room = 0 if self.stopping or self._suspect else self._room() + len(ended)
                 keep, queue = ready[: max(0, room)], ready[max(0, room) :]
-                # The first have the slots of what has ended; the others' must not be given twice.
+                # The first take over the slots of what has ended; for the others slots are held.
                 self.held |= {other: Held() for other in keep[len(ended) :]}
                 found = await run.change(COMMIT, copy, keep=keep, queue=queue, **a)
                 for other in keep[len(ended) :]:
-                    del self.held[other]
+                    self.held.pop(other, None)  # after a long outage the audit has done so
                 if found:
                     run.update(*found)
                     continue
@@ -1593,12 +1600,12 @@ class Worker:
     def _decide(
         self, job: str, claimed: Claimed
     ) -> tuple[dict[str, Outcome], State, list[str], dict[str, Any]] | None:
-        """What those of a run's jobs that have ended lead to: they, the state, the jobs that may
-        then run, and what COMMIT is told; None if this one cannot be committed any more."""
+        """What the held jobs of a run that have ended lead to: their outcomes, the new state, the
+        jobs that may then run, and the arguments of COMMIT; None if this one is out of date."""
         run, flow, version = claimed.run, claimed.node.flow, new_id()
         state, ready, done, usage = run.state, list[str](), list[str](), Counter[str]()
         changes = dict[str, str]()
-        jobs = run.active().values() if run.phase in (RUNNING, FAILED) else ()
+        jobs = run.active().values() if run.phase != CANCELLED else ()
         ended = {j: held.outcome for j in jobs if (held := self.held.get(j)) and held.outcome}
         for each, outcome in ended.items():
             state, nodes = flow.advance(state, each.split("/")[1], outcome.action, version)

@@ -56,8 +56,8 @@ import faults
 import graphs.check
 import graphs.nodes
 import prove
-from agentflow import CANCELLED, COMMIT, COMPLETED, END, EVENTS, FAILED, GRAPH
-from agentflow import READ, RELEASE, RESUME, RUN, RUNNING
+from agentflow import CANCELLED, COMMIT, COMPLETED, END, EVENTS, FAILED
+from agentflow import READ, RELEASE, RESUME, RUNNING
 from agentflow import Context, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
 from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, TryLater
 from agentflow import Worker, child_id, event_of, execute, failure_of, new_id, result_of
@@ -2592,7 +2592,7 @@ async def test_a_run_expires_thirty_days_after_its_last_step(space: Space, gate:
     space.worker()
     await gate.reached("b")
 
-    keys = [key for n, key in enumerate(run.keys) if n in (RUN, RUN + 1, EVENTS, GRAPH)]
+    keys = [*run.keys[:2], run.keys[EVENTS], space.key("graph", run.origin.graph)]
     assert all(29 < space.redis.ttl(key) / 86400 <= 30 for key in keys)
     gate.open("b")
     assert (await end_of(run)).status == COMPLETED
