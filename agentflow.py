@@ -77,6 +77,7 @@ log = logging.getLogger("agentflow")
 MAX_VALUE = 1024 * 1024  # characters of one value's JSON text
 MAX_STEPS = 10_000  # activations in a run since it was started or resumed: a loop must end
 MAX_DEPTH = 16  # runs within runs
+MAX_COUNT = 2**53  # model tokens: beyond it, Lua's numbers skip some
 PATIENCE = 600.0  # seconds for which an overloaded server is asked again
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # ids become parts of jobs and of Redis keys
 
@@ -180,7 +181,8 @@ class Child:
 class Park:
     """Returned by a prep that cannot go on before these children, of which there is at least one,
     have ended, or a person has answered. Other jobs run meanwhile; then prep is called again, with
-    `ctx.results`, and parks no more. If a child fails, the node fails, without another prep."""
+    `ctx.results`, and parks no more. If a child fails, the node fails, without another prep. After
+    a crash prep is called again without results, and must return the same Park."""
 
     children: list[Child] = field(default_factory=list)
     question: str = ""
@@ -285,10 +287,14 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action not in (DEFAULT, *node.actions):
             raise ValueError(f"its action {action!r:.80} is on none of its edges")
-        if odd := [used for used in ctx.usage.values() if not isinstance(used, int)]:
+        if odd := [n for n in ctx.usage.values() if type(n) is not int or abs(n) > MAX_COUNT]:
             raise ValueError(f"its usage counts whole tokens, not {odd[0]!r:.80}")
         changes = ctx.changes
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError):
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise  # for this activation is to end
+            error = Permanent("it has cancelled itself")
         kind = "" if isinstance(error, (Permanent, TryLater)) else f"{type(error).__name__}: "
         text = as_unicode(f'node "{node.id}": {kind}{error}'[:2000])
         if ERROR not in node.actions:
@@ -310,10 +316,6 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> 
                 return await work(prepared)
         except Permanent:
             raise
-        except asyncio.CancelledError as error:
-            if (task := asyncio.current_task()) and task.cancelling():
-                raise  # for this activation is to end
-            raise Permanent("it has cancelled itself") from error
         except TryLater as error:  # bounded by time, not by count
             reason, delay = str(error), error.after or delay
             if time.monotonic() - started + delay > PATIENCE:
@@ -778,7 +780,7 @@ class MemoryRun(Run):
 #   workers               sorted set  who exists, by when they were last heard of
 #   worker:<worker>       string      there while the worker lives (a TTL): what it is doing
 #   runs                  sorted set  runs that a user started, by the time of starting
-#   run:<id>              hash        origin, created, status, version, state, crashes, error, usage
+#   run:<id>              hash        origin, status, version, state, steered, crashes, error, usage
 #   run:<id>:context      hash        one field a context key: its value as JSON text
 #   run:<id>:parked       hash        what parked jobs wait for, and what has come of it
 #   run:<id>:events       stream      what happened to a root run and its children, capped
@@ -794,8 +796,9 @@ class MemoryRun(Run):
 # own list: these it keeps, and they need no READ.
 #
 # Fields of a job in run:<id>:parked. <job>: what it asks, or ''. <job> count: its children, or 1.
-# <job> left: 0 or less as soon as it has something to read. <job> <i>: what child i, or a person,
-# told: '["completed", result]', or another status and a text. <job> is parked: no worker has it.
+# <job> missing: those that are not started yet. <job> left: 0 or less as soon as it has something
+# to read. <job> <i>: what child i, or a person, told: '["completed", result]', or another status
+# and a text. <job> is parked: no worker has it.
 
 DAY = 24 * 3600  # seconds
 
@@ -849,7 +852,8 @@ end
 -- something to read: all of them, or one failure, which takes off as much as all of them.
 local function expect(parked, job)
   if call('HSETNX', parked, job, a.question or '') == 1 then
-    call('HSET', parked, job .. ' count', a.count, job .. ' left', a.count)
+    call('HSET', parked, job .. ' count', a.count, job .. ' left', a.count,
+         job .. ' missing', a.question and 0 or a.count)
     call('EXPIRE', parked, 30 * 86400)
   end
   return tonumber(call('HGET', parked, job .. ' count'))
@@ -867,6 +871,9 @@ local function tell(run, parked, job, index, status)
     push(ready, {job})
   end
   return 1
+end
+local function is_repeat()  -- a user's command is sent again, for its reply was lost
+  return call('HGET', run, 'steered') == a.version
 end
 local function finish()
   call('HSET', run, 'status', a.status, 'version', a.version, 'error', a.error)
@@ -900,6 +907,7 @@ if a.parent ~= '' then
   if not is_active(parent, a.parent) then return 0 end
   if a.index >= expect(parents_parked, a.parent) then return 0 end
   if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return 0 end
+  call('HINCRBY', parents_parked, a.parent .. ' missing', -1)
 end
 local now = call('TIME')[1]
 call('HSET', run, 'status', 'running', 'version', a.version, 'state', a.state,
@@ -983,12 +991,13 @@ return {}
 #   a     job version status error event parent index told
 #   gives the status that it found, or nothing without custody
 END = Script("""
+if is_repeat() then return 'running' end
 if a.job and call('LREM', mine, 0, a.job) == 0 then return end
-local status, version = unpack(call('HMGET', run, 'status', 'version'))
-if version == a.version then return 'running' end  -- sent again, for its reply was lost
+local status = call('HGET', run, 'status')
 if status == 'failed' and a.job then
   record(a.event)
 elseif status == 'failed' or status == 'running' and (not a.job or is_active(run, a.job)) then
+  if not a.job then call('HSET', run, 'steered', a.version) end
   finish()
 end
 return status
@@ -1000,11 +1009,16 @@ return status
 # while the worker's heartbeat is missing; with `crashed` that is counted.
 #   KEYS  .. heartbeat, or .. root for a job that waits
 #   a     job dead crashed, version count question event
-#   gives 1 if it was in custody
+#   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
 RELEASE = Script("""
 if a.dead and call('EXISTS', heartbeat) == 1 then return 0 end
+local active = is_active(run, a.job)
+local count, missing = unpack(call('HMGET', parked, a.job .. ' count', a.job .. ' missing'))
+if active and a.count and a.count < tonumber(count or 0) and tonumber(missing) > 0 then
+  return -1
+end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
-if not is_active(run, a.job) then return 1 end
+if not active then return 1 end
 if a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
 if a.count then
   expect(parked, a.job)
@@ -1035,11 +1049,10 @@ redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
 #   a     seen version state jobs forget event parent index
 #   gives 1 if it did
 RESUME = Script("""
-local version, resumed = unpack(call('HMGET', run, 'version', 'resumed'))
-if resumed == a.version then return 1 end  -- sent again, for its reply was lost
-if version ~= a.seen then return 0 end
+if is_repeat() then return 1 end
+if call('HGET', run, 'version') ~= a.seen then return 0 end
 call('HDEL', run, unpack(a.forget))
-call('HSET', run, 'status', 'running', 'version', a.version, 'resumed', a.version,
+call('HSET', run, 'status', 'running', 'version', a.version, 'steered', a.version,
      'state', a.state)
 put_context()
 if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) == 1 then
@@ -1058,9 +1071,10 @@ return 1
 #   a     job version told event
 #   gives 1 if it was the first answer to a question
 ANSWER = Script("""
-if call('HGET', run, 'version') == a.version then return 1 end  -- sent again
+if is_repeat() then return 1 end
 if not is_active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
 if tell(run, parked, a.job, 0, 'completed') == 0 then return 0 end
+call('HSET', run, 'steered', a.version)
 record(a.event)
 return 1
 """)
@@ -1128,10 +1142,11 @@ class Link:
         delay = 0.0
         while self._queue:
             batch, self._queue = self._queue, []
+            wait = 0.1  # what Redis refuses for now, as it is full, must not hold up the rest
             try:
                 replies = await self._exchange([command for command, _ in batch])
             except Exception as error:
-                replies = [error] * len(batch)
+                replies, wait = [error] * len(batch), min(1.0, 2 * delay or 0.05)
             again = []
             for (command, future), reply in zip(batch, replies, strict=True):
                 if future.cancelled():
@@ -1145,8 +1160,9 @@ class Link:
             self._queue = again + self._queue
             if again:
                 if not delay:
-                    log.warning("redis does not answer; trying until it does")
-                delay = min(1.0, 2 * delay or 0.05)
+                    why = next(reply for reply in replies if isinstance(reply, Exception))
+                    log.warning("redis does not answer; trying until it does: %s", why)
+                delay = wait
                 await asyncio.sleep(delay)
             elif delay:
                 log.warning("redis answers again")
@@ -1157,10 +1173,10 @@ class Link:
         """The replies, a refused command's error among them. Packed and sent in one go, which
         costs a worker a sixth less than a pipeline of redis-py."""
         loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
+        packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
         replies: list[Any] = []
         try:
-            async with asyncio.timeout(3):
-                packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
+            async with asyncio.timeout(3 + len(packed) / 1_000_000):
                 await self._connection.send_packed_command(packed)
                 while len(replies) < len(loads) + len(commands):
                     try:
@@ -1170,6 +1186,8 @@ class Link:
         except BaseException:
             await self._connection.disconnect(nowait=True)  # what still comes is nobody's reply
             raise
+        if refused := [r for r in replies[: len(loads)] if isinstance(r, Exception)]:
+            raise refused[0]
         self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
         return replies[len(loads) :]
 
@@ -1503,6 +1521,7 @@ class Worker:
                 await self._fail(job, claimed.run, str(error))
         except Exception:  # charged, so that it does not come again for ever
             log.exception("giving back %s, as if we had crashed", job)
+            await asyncio.sleep(1)  # lest it come again at once, and for ever
             await self._give_back(job, crashed=True)
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
@@ -1531,6 +1550,8 @@ class Worker:
             await self._fail(job, run, f'node "{name}": {crashes} workers died while they ran it')
             return None
         claimed = self._claimed(job, run, node, [json.loads(text) for text in texts])
+        if self.held.get(job) is not held:
+            return None  # somebody else has it by now
         if crashes > 1 and not self._suspect:  # lest it take other jobs down with it once more
             self._suspect = job
         if self._suspect not in ("", job):
@@ -1578,9 +1599,11 @@ class Worker:
                 keep, queue = ready[: max(0, room)], ready[max(0, room) :]
                 # The first take over the slots of what has ended; for the others slots are held.
                 self.held |= {other: Held() for other in keep[len(ended) :]}
-                found = await run.change(COMMIT, copy, keep=keep, queue=queue, **a)
-                for other in keep[len(ended) :]:
-                    self.held.pop(other, None)  # after a long outage the audit has done so
+                try:
+                    found = await run.change(COMMIT, copy, keep=keep, queue=queue, **a)
+                finally:
+                    for other in keep[len(ended) :]:
+                        self.held.pop(other, None)  # after a long outage the audit has done so
                 if found:
                     run.update(*found)
                     continue
@@ -1638,7 +1661,10 @@ class Worker:
         await asyncio.gather(*starts)
         event = run.event("parked", node=claimed.node.id, question=park.question)
         self._forget(job)
-        await run.change(RELEASE, job=job, count=count, question=park.question, event=event)
+        a: dict[str, Any] = {"count": count, "question": park.question, "event": event}
+        if await run.change(RELEASE, job=job, **a) < 0:
+            why = f"its prep now gives {count}, and not all that it gave at first were started"
+            raise RunError(f'node "{claimed.node.id}": children are missing: {why}')
 
     async def _fail(self, job: str, run: RedisRun, text: str) -> None:
         log.warning("failed %s", job)
@@ -1717,7 +1743,7 @@ class Worker:
         asked for may still come into its list."""
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
         old = await self.send("ZRANGEBYSCORE", crew, "-inf", now - DAY)
-        workers = await self.send("ZRANGE", crew, 0, -1)
+        workers = [id for id in await self.send("ZRANGE", crew, 0, -1) if id != self.id]
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
             if listed and not await self.send("EXISTS", self.key("worker", worker)):

@@ -227,10 +227,22 @@ class Refused(Node):
 
 
 class Cancelling(Node):
-    """Cancels its own work."""
+    """Cancels its own work, in one of its three steps."""
 
-    async def exec(self, prepared: Any) -> Any:
-        raise asyncio.CancelledError
+    fields: ClassVar[dict[str, Field]] = {"step": Field("text")}
+
+    async def prep(self, ctx: Context) -> None:
+        self.cancel("prep")
+
+    async def exec(self, prepared: Any) -> None:
+        self.cancel("exec")
+
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
+        self.cancel("post")
+
+    def cancel(self, step: str) -> None:
+        if self.data["step"] == step:
+            raise asyncio.CancelledError
 
 
 class Idle(Node):
@@ -795,12 +807,12 @@ class Hand:
         """Send a decision; False where the run has changed since it was made."""
         return not await self.view.change(COMMIT, **decision)
 
-    async def start_child(self, job: str) -> RedisRun:
-        """Start the child that a sub-workflow's job waits for; and not yet park."""
+    async def start_child(self, job: str, inputs: Any = None, count: int = 1) -> RedisRun:
+        """Start the first of the children that a job waits for; and not yet park."""
         origin = {**vars(self.view.origin), "flow": "child", "parent": job, "depth": 1}
         child = RedisRun(self.view.executor, child_id(job, 0), type(self.view.origin)(**origin))
         theirs = self.flow.registry["child"]
-        await child.start(theirs, theirs.new_context({}), count=1)
+        await child.start(theirs, theirs.new_context(inputs or {}), count=count)
         return child
 
     async def fail(self, job: str, text: str) -> None:
@@ -1641,14 +1653,17 @@ async def test_a_node_parks_once_an_activation(executor: Any) -> None:
     assert (await end_of(run)).error == f'node "a": {said}'
 
 
-async def test_a_node_that_has_used_half_a_token_has_failed(executor: Any) -> None:
-    end = await same(executor, one("spender", tokens=0.5))
+@pytest.mark.parametrize("tokens", [0.5, True, 2**53 + 1, -(10**30)])
+async def test_a_node_that_has_used_what_is_no_count_has_failed(executor: Any, tokens: Any) -> None:
+    end = await same(executor, one("spender", tokens=tokens))
 
-    assert end.error == 'node "a": ValueError: its usage counts whole tokens, not 0.5'
+    said = 'node "a": ValueError: its usage counts whole tokens, not '
+    assert end.status == FAILED and end.error.startswith(said)
 
 
-async def test_a_node_that_cancels_itself_has_failed(executor: Any) -> None:
-    end = await same(executor, one("cancelling"))
+@pytest.mark.parametrize("step", ["prep", "exec", "post"])
+async def test_a_node_that_cancels_itself_has_failed(executor: Any, step: str) -> None:
+    end = await same(executor, one("cancelling", step=step))
 
     assert (end.status, end.error) == (FAILED, 'node "a": it has cancelled itself')
 
@@ -2217,16 +2232,31 @@ async def test_a_worker_runs_no_more_at_once_than_it_may(space: Space, gate: Gat
 
 
 async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space: Space) -> None:
-    spending = flow("a -> b", a={"type": "spender", "tokens": 1})
+    spending = flow("a -> b c d", a={"type": "spender", "tokens": 1})
     run = await spending.run({}, space.executor)
     usage = space.key("run", run.id), "usage total"
     space.redis.hset(*usage, "not a number")
-    worker = space.worker()
+    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
 
     await wait_until(lambda: space.redis.hget(usage[0], "status") == FAILED)
 
     assert space.redis.hdel(*usage) and worker.held == {}
     assert (await run.status()).error == 'node "a": 5 workers died while they ran it'
+
+
+async def test_a_job_that_no_worker_can_read_comes_once_a_second(space: Space) -> None:
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    key, origin = run.keys[0], space.redis.hget(run.keys[0], "origin")
+    space.redis.hset(key, "origin", '{"shape": "of another version"}')
+    worker, begun = space.worker(), time.monotonic()
+
+    await wait_until(lambda: any(value == "2" for value in space.redis.hgetall(key).values()))
+    took = time.monotonic() - begun
+    space.redis.hset(key, "origin", origin)
+
+    assert took > 1.9 and worker.counts["audited"] == 0
+    await committed_once(space, run, both)
 
 
 async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate) -> None:
@@ -2244,6 +2274,22 @@ async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate)
     assert worker.held.keys() == {job} and not gate.begun("c")
     gate.open("b", "c")
     assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 3
+
+
+async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(
+    space: Space,
+) -> None:
+    run = await flow("a").run({}, space.executor)
+    [job] = space.lists()
+    space.redis.hset(run.keys[0], f"crashes {job}", 2)
+    worker = Worker(space.url, space.namespace)
+
+    claimed = await worker._claim(job, agentflow.Held())  # of which it has forgotten the holding
+
+    assert claimed is None and worker._suspect == ""  # else it would run nothing else any more
+    await worker.executor.link.close()
+    space.worker()
+    assert (await end_of(run)).status == COMPLETED
 
 
 async def test_sigterm_lets_a_worker_finish_what_it_runs_and_take_no_more(
@@ -2501,6 +2547,49 @@ async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
     await committed_once(space, run, chain)
 
 
+async def test_what_redis_refuses_for_now_holds_up_nothing_else(tmp_path: Path) -> None:
+    server = Server(tmp_path, "--maxmemory", "1")  # it is full
+    server.start()
+    link = agentflow.Link(server.url)
+
+    refused, begun = link.send("SET", "a", "1"), time.monotonic()
+    replies = [await link.send("GET", "a") for _ in range(10)]
+    took = time.monotonic() - begun
+    server.client.config_set("maxmemory", 0)
+
+    assert replies == [None] * 10 and took < 4
+    assert await asyncio.wait_for(refused, 5) == "OK"
+    await link.close()
+    server.kill()
+
+
+async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
+    space.redis.execute_command("ACL SETUSER few on >secret ~* +@all -script")
+    link = agentflow.Link(space.url.replace("//", "//few:secret@"))
+
+    with pytest.raises(exceptions.NoPermissionError):
+        await asyncio.wait_for(link.send(*agentflow.TAKE.on(["a", "b"], room=1)), 5)
+
+    await link.close()
+    space.redis.acl_deluser("few")
+
+
+async def test_a_worker_does_not_reap_itself(space: Space) -> None:
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    worker = Worker(space.url, space.namespace)
+    await worker._beat()
+    space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
+
+    space.expire()
+    await worker._reap()
+
+    assert len(space.redis.lrange(worker.processing, 0, -1)) == 1 and not worker.counts["reaped"]
+    await worker.executor.link.close()
+    space.worker(lease=0.3)
+    await committed_once(space, run, both)
+
+
 async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) -> None:
     binary = redis.Redis.from_url(space.url)  # what DUMP gives is no text
     run = await flow("a -> b -> c").run({}, space.executor)
@@ -2584,6 +2673,21 @@ async def test_a_cancel_that_is_sent_again_says_the_same(space: Space) -> None:
     assert said == [RUNNING, RUNNING] and await is_status(run, CANCELLED)
 
 
+async def test_an_answer_that_is_sent_again_says_the_same(space: Space) -> None:
+    space.worker()
+    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
+    await question_of(run)
+    await run.read()
+    answer = {"job": run.active()["w"], "told": '["completed","approve"]', "version": new_id()}
+    answer["event"] = run.event("answered", node="w")
+
+    said = [await run.change(agentflow.ANSWER, **answer)]
+    assert (await end_of(run)).status == COMPLETED
+    said.append(await run.change(agentflow.ANSWER, **answer))
+
+    assert said == [1, 1]
+
+
 async def test_a_run_expires_thirty_days_after_its_last_step(space: Space, gate: Gate) -> None:
     run = await flow("a -> b", b=gate.data).run({"x": 1}, space.executor)
     for key in space.names():
@@ -2637,6 +2741,23 @@ async def test_a_worker_may_die_between_starting_a_child_and_parking(
 
     await committed_once(space, run, parent)
     assert len(gate.begun("x")) == 2  # here and in memory
+
+
+async def test_a_map_that_was_begun_with_more_children_does_not_wait_for_them(
+    space: Space,
+) -> None:
+    mapped = family("m -> b", m=MAP, c_x=ITEM)
+    run = await mapped.run({"items": [1]}, space.executor)
+    hand = Hand(space, mapped, run)  # which dies after the first of two children
+    await hand.start_child(hand.take("m"), {"item": 1}, count=2)
+
+    space.worker(lease=0.3)
+    failed = await end_of(run)
+    await run.resume({"items": [1, 2]})
+
+    why = "its prep now gives 1, and not all that it gave at first were started"
+    assert failed.error == f'node "m": children are missing: {why}'
+    await as_in_memory(run, mapped, {"items": [1, 2]})
 
 
 async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Space) -> None:
