@@ -26,7 +26,7 @@ The words, each with an example:
               what the queue moves, and an idempotency key
     visit     which activation of its node this is since its loop was entered; 1 outside of loops
     child     a run that a node has started, and waits for; the root is the run that a user started
-    parked    a job that waits for its children, or for a person: no worker has it
+    parked    a job that waits for its children, for a person, or for a resume: no worker has it
     custody   a worker's, of the jobs in its own list, until they end, are parked or given back
     heartbeat a key with a TTL (the lease) by which a worker shows that it lives
     delivery  one time that a job comes to a worker: a second one follows when the first one dies
@@ -36,8 +36,8 @@ What holds, whatever is killed, whenever; each is named where it is upheld:
 
     I1  A node may execute more than once; its effect on the run commits at most once, and exactly
         once in a run that completes.
-    I2  Each active token of a running run is in exactly one place: the ready list, one worker's
-        processing list, or parked. (In two, briefly, if what a worker still has is queued again.)
+    I2  Each active token of a running or failed run is in exactly one place: the ready list, one
+        worker's processing list, or parked.
     I3  A run that can move moves; one that cannot says why. No job is dropped in silence.
     I4  Every executor gives the same context and commits the same (node, visit, action).
     I5  No key outlives its TTL; a finished run leaves nothing else behind.
@@ -798,7 +798,7 @@ class MemoryRun(Run):
 # Fields of a job in run:<id>:parked. <job>: what it asks, or ''. <job> count: its children, or 1.
 # <job> missing: those that are not started yet. <job> left: 0 or less as soon as it has something
 # to read. <job> <i>: what child i, or a person, told: '["completed", result]', or another status
-# and a text. <job> is parked: no worker has it.
+# and a text. <job> is parked: it is in no list.
 
 DAY = 24 * 3600  # seconds
 
@@ -842,10 +842,16 @@ local function expire(days)  -- at the end of each step: it may have made any of
   if run == root then call('EXPIRE', events, days * 86400) end  -- which a child shares
   call('EXPIRE', graph, 30 * 86400)  -- which other runs share
 end
-local function is_active(run, job)  -- its token is still there, and the run is running
+local function status_of(run, job)  -- while the job's token is there
   local node, mark = string.match(job, '/(.*)/(.*)')
   local found = call('HMGET', run, 'status', 'state')
-  return found[1] == 'running' and cjson.decode(found[2]).tokens[node] == mark
+  return found[2] and cjson.decode(found[2]).tokens[node] == mark and found[1]
+end
+local function is_active(run, job)
+  return status_of(run, job) == 'running'
+end
+local function park(jobs)
+  for _, job in ipairs(jobs) do call('HSET', parked, job .. ' is parked', 1) end
 end
 -- What a job waits for is written once, and before any child that will give it is there: whoever
 -- cancels the run must find the children. `left` says how many are to come before the job has
@@ -954,7 +960,8 @@ return {call('HGETALL', run), call('HGETALL', context), told}
 # the run's version is still the one that the decision was made from, else nothing (I1). It asks for
 # no custody, for the token is the fence: of two workers that did one job the first to commit wins.
 # A run has a new version with each change of its status or state, and when a job of it is parked or
-# told; drawn at random, for a Redis that lost its last second would give a number a second time.
+# told; drawn at random, for a Redis that lost its last second would give a number a second time. A
+# failed run keeps what its other nodes still finish; what comes next is parked until a resume.
 #   KEYS  .. parents_parked, copy
 #   a     seen version jobs state usage done keep queue, status error event parent index told
 #   gives nothing, or the fields and the context that stand there instead
@@ -970,7 +977,7 @@ put_context()
 call('HSET', run, 'version', a.version, 'state', a.state)
 for _, event in ipairs(a.done) do record(event) end
 push(mine, a.keep)
-push(ready, a.queue)
+if call('HGET', run, 'status') == 'running' then push(ready, a.queue) else park(a.queue) end
 if a.status then
   call('DEL', parked)
   finish()
@@ -994,6 +1001,7 @@ END = Script("""
 if is_repeat() then return 'running' end
 if a.job and call('LREM', mine, 0, a.job) == 0 then return end
 local status = call('HGET', run, 'status')
+if a.job and status_of(run, a.job) then park({a.job}) end
 if status == 'failed' and a.job then
   record(a.event)
 elseif status == 'failed' or status == 'running' and (not a.job or is_active(run, a.job)) then
@@ -1004,28 +1012,29 @@ return status
 """)
 
 # RELEASE takes a job from a worker's list and puts it where it belongs (I2): back to where jobs are
-# taken next or, with a `count` of what it waits for, aside, until it has something to read. If it
-# is done, or its run stands, it goes nowhere: a resume queues it anew. With `dead` it is taken only
+# taken next or, with a `count` of what it waits for, aside, until it has something to read; aside
+# until a resume, if its run has failed; and nowhere, if it is done. With `dead` it is taken only
 # while the worker's heartbeat is missing; with `crashed` that is counted.
 #   KEYS  .. heartbeat, or .. root for a job that waits
 #   a     job dead crashed, version count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
 RELEASE = Script("""
 if a.dead and call('EXISTS', heartbeat) == 1 then return 0 end
-local active = is_active(run, a.job)
+local status = status_of(run, a.job)
 local count, missing = unpack(call('HMGET', parked, a.job .. ' count', a.job .. ' missing'))
-if active and a.count and a.count < tonumber(count or 0) and tonumber(missing) > 0 then
+if status == 'running' and a.count and a.count < tonumber(count or 0) and tonumber(missing) > 0 then
   return -1
 end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
-if not active then return 1 end
+if status == 'failed' then park({a.job}) end
+if status ~= 'running' then return 1 end
 if a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
 if a.count then
   expect(parked, a.job)
   call('HSET', run, 'version', a.version)
   record(a.event)
   if tonumber(call('HGET', parked, a.job .. ' left')) > 0 then
-    call('HSET', parked, a.job .. ' is parked', 1)
+    park({a.job})
     return 1
   end
 end
@@ -1042,9 +1051,9 @@ redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
 redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
-# RESUME lets a failed run go on, if its version is still the one that was read: its active jobs are
-# queued anew, its crashes forgotten; if a worker still has one, the token decides whose commit
-# counts (I1). A child takes back what it told its parent, which then waits for it again.
+# RESUME lets a failed run go on, if its version is still the one that was read: its parked jobs are
+# queued, its crashes forgotten. A child takes back what it told its parent, which then waits for it
+# again.
 #   KEYS  .. parents_parked
 #   a     seen version state jobs forget event parent index
 #   gives 1 if it did
@@ -1059,8 +1068,9 @@ if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) =
   local count = call('HGET', parents_parked, a.parent .. ' count')
   call('HINCRBY', parents_parked, a.parent .. ' left', count)
 end
-for _, job in ipairs(a.jobs) do call('HDEL', parked, job .. ' is parked') end
-push(ready, a.jobs)
+for _, job in ipairs(a.jobs) do
+  if call('HDEL', parked, job .. ' is parked') == 1 then push(ready, {job}) end
+end
 record(a.event)
 expire(30)
 return 1
@@ -1493,7 +1503,7 @@ class Worker:
         for job in jobs:
             if self.stopping:
                 await self._give_back(job)
-            elif job not in self.held:  # else a resume queued it again
+            elif job not in self.held:  # else it was taken from us, and has come back
                 self._begin(job)
 
     def _begin(self, job: str, claimed: Claimed | None = None) -> None:
@@ -1595,8 +1605,9 @@ class Worker:
                 await asyncio.sleep(0)  # so that what ends at the same time shares the commit
             while self.held.get(job) is held and (decision := self._decide(job, claimed)):
                 ended, state, ready, a = decision
-                room = 0 if self.stopping or self._suspect else self._room() + len(ended)
-                keep, queue = ready[: max(0, room)], ready[max(0, room) :]
+                stands = self.stopping or self._suspect or run.phase != RUNNING
+                room = 0 if stands else max(0, self._room() + len(ended))
+                keep, queue = ready[:room], ready[room:]
                 # The first take over the slots of what has ended; for the others slots are held.
                 self.held |= {other: Held() for other in keep[len(ended) :]}
                 try:
@@ -1643,8 +1654,7 @@ class Worker:
         if not state.tokens:
             result = result_of(run.context | changes, run.origin.gives)
             a |= run.end(COMPLETED, result=result)
-        # A failed run keeps what its other nodes still finish, but goes on to nothing.
-        return ended, state, ready if run.phase == RUNNING else [], a
+        return ended, state, ready, a
 
     async def _park(self, job: str, claimed: Claimed, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""

@@ -468,7 +468,7 @@ def replay(flow: agentflow.Flow, run: str, events: list[dict[str, Any]]) -> agen
 
 async def check_invariants(space: Space) -> None:
     """I1: the events replay by the rule, each activation once and after what leads to it.
-    I2: each active token of a running run is in one place. I3: nothing is queued for ever.
+    I2: each active token of a running or failed run is in one place. I3: no job waits for ever.
     I5: each key that a run leaves has a TTL."""
     await wait_until(lambda: not space.lists() or all(places(space).values()))
     for key, found in space.runs().items():
@@ -498,7 +498,7 @@ def places(space: Space) -> dict[str, int]:
     for key, found in space.runs().items():
         for node, mark in state_of(found).tokens.items():
             job = f"{key.rpartition(':')[2]}/{node}/{mark}"
-            if found["status"] == RUNNING and mark not in ("waiting", "returned"):
+            if found["status"] in (RUNNING, FAILED) and mark not in ("waiting", "returned"):
                 jobs[job] = listed[job] + space.redis.hexists(f"{key}:parked", f"{job} is parked")
     return jobs
 
@@ -2850,6 +2850,41 @@ async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, ga
     assert end.meaning == (await in_memory(failing)).meaning
 
 
+async def test_what_follows_in_a_failed_run_waits_for_a_resume(space: Space, gate: Gate) -> None:
+    failing = flow("a -> c; b -> d", a=gate.data, b=gate.broken)
+    space.worker()
+    run = await failing.run({}, space.executor)
+    await wait_until(lambda: is_status(run, FAILED))
+    gate.open("a")
+    await wait_until(lambda: has_key(run, "a"))
+    stands = places(space)
+
+    gate.mend()
+    await run.resume()
+
+    assert {job.split("/")[1]: count for job, count in stands.items()} == {"b": 1, "c": 1}
+    await committed_once(space, run, failing)
+
+
+async def test_a_resume_does_not_start_again_what_a_worker_still_runs(
+    space: Space, gate: Gate
+) -> None:
+    once = gate.data | {"config": {"retries": 0}}
+    failing = flow("a b -> c", a=once, b=gate.broken)
+    space.worker(), space.worker()
+    run = await failing.run({}, space.executor)
+    await gate.reached("a")
+    await wait_until(lambda: is_status(run, FAILED))
+
+    gate.mend()
+    await run.resume()
+    await wait_until(lambda: has_key(run, "b"))
+    gate.open("a")
+    end = await end_of(run)
+
+    assert end.done == activations("a b c") and len(gate.begun("a")) == 1
+
+
 async def test_a_resumed_run_resumes_its_failed_children_and_only_those(
     space: Space, gate: Gate
 ) -> None:
@@ -2993,8 +3028,8 @@ async def test_a_resume_refuses_what_was_decided_before_it(space: Space) -> None
 
     assert not accepted and space.redis.hgetall(run.keys[0]) == before
     assert "a" not in (await run.status()).context
-    space.redis.delete(hand.processing)
-    space.worker()
+    space.expire()
+    space.worker(lease=0.3)
     end = await end_of(run)
     assert end.done == activations("a b c") and end.context["more"] == 1
 
