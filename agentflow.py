@@ -1557,7 +1557,8 @@ class Worker:
             return None
         crashes = int(run.fields.get(f"crashes {job}", 0))
         if crashes >= (CRASHES if node.retries else 1):
-            await self._fail(job, run, f'node "{name}": {crashes} workers died while they ran it')
+            text = f'node "{name}": {crashes} workers died or erred with it; see their logs'
+            await self._fail(job, run, text)
             return None
         claimed = self._claimed(job, run, node, [json.loads(text) for text in texts])
         if self.held.get(job) is not held:

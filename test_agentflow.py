@@ -2194,7 +2194,7 @@ async def test_a_node_without_retries_is_not_started_again_when_its_worker_dies(
     space.process()
     end = await end_of(run)
 
-    assert end.error == 'node "a": 1 workers died while they ran it'
+    assert end.error == 'node "a": 1 workers died or erred with it; see their logs'
     assert len(gate.begun("a")) == 1
 
 
@@ -2212,7 +2212,7 @@ async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space)
 
     await wait_until(over, 60)
 
-    assert (await end_of(bad)).error == 'node "b": 5 workers died while they ran it'
+    assert (await end_of(bad)).error == 'node "b": 5 workers died or erred with it; see their logs'
     expected = (await in_memory(good)).meaning
     assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
 
@@ -2241,7 +2241,7 @@ async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space: Spa
     await wait_until(lambda: space.redis.hget(usage[0], "status") == FAILED)
 
     assert space.redis.hdel(*usage) and worker.held == {}
-    assert (await run.status()).error == 'node "a": 5 workers died while they ran it'
+    assert (await run.status()).error == 'node "a": 5 workers died or erred with it; see their logs'
 
 
 async def test_a_job_that_no_worker_can_read_comes_once_a_second(space: Space) -> None:
