@@ -1001,12 +1001,10 @@ END = Script("""
 if is_repeat() then return 'running' end
 if a.job and call('LREM', mine, 0, a.job) == 0 then return end
 local status = call('HGET', run, 'status')
-if a.job and status_of(run, a.job) then park({a.job}) end
-if status == 'failed' and a.job then
-  record(a.event)
-elseif status == 'failed' or status == 'running' and (not a.job or is_active(run, a.job)) then
-  if not a.job then call('HSET', run, 'steered', a.version) end
-  finish()
+local there = not a.job or status_of(run, a.job)
+if there and (status == 'running' or status == 'failed') then
+  if a.job then park({a.job}) else call('HSET', run, 'steered', a.version) end
+  if a.job and status == 'failed' then record(a.event) else finish() end
 end
 return status
 """)

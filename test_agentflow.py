@@ -2833,6 +2833,19 @@ async def test_what_a_cancelled_runs_nodes_still_finish_is_not_kept(
     assert (await run.status()).context == {} and worker.counts["done"] == 0
 
 
+async def test_what_fails_in_a_cancelled_run_leaves_nothing(space: Space) -> None:
+    broken = flow("a")
+    run = await broken.run({}, space.executor)
+    hand = Hand(space, broken, run)
+    job = hand.take("a")
+
+    await run.cancel()
+    await hand.fail(job, "it is broken")
+
+    assert await is_status(run, CANCELLED) and not space.lists()
+    assert not space.redis.exists(run.keys[agentflow.PARKED])
+
+
 async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, gate: Gate) -> None:
     noted = gate.data | {"holds": 0}
     failing = flow("s -> a b -> c -> d", s=noted, a=noted, b=noted | gate.broken, c=noted)
