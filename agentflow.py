@@ -857,9 +857,10 @@ end
 -- cancels the run must find the children. `left` says how many are to come before the job has
 -- something to read: all of them, or one failure, which takes off as much as all of them.
 local function expect(parked, job)
-  if call('HSETNX', parked, job, a.question or '') == 1 then
+  local question = a.question or ''
+  if call('HSETNX', parked, job, question) == 1 then
     call('HSET', parked, job .. ' count', a.count, job .. ' left', a.count,
-         job .. ' missing', a.question and 0 or a.count)
+         job .. ' missing', question == '' and a.count or 0)
     call('EXPIRE', parked, 30 * 86400)
   end
   return tonumber(call('HGET', parked, job .. ' count'))
@@ -1031,7 +1032,8 @@ if a.count then
   expect(parked, a.job)
   call('HSET', run, 'version', a.version)
   record(a.event)
-  if tonumber(call('HGET', parked, a.job .. ' left')) > 0 then
+  local left, missing = unpack(call('HMGET', parked, a.job .. ' left', a.job .. ' missing'))
+  if tonumber(left) > 0 and tonumber(missing) <= 0 then  -- else START refused some, for a while
     park({a.job})
     return 1
   end

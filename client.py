@@ -266,15 +266,15 @@ async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) ->
     for node, job in jobs.items() if tokens else ():
         if job in found:
             where[node] = f"{found[job]}, delivery {int(run.fields.get(f'crashes {job}', 0)) + 1}"
-        elif f"{job} is parked" in parked and parked[job]:
-            where[node] = f"waits for a person: {parked[job]} ({ANSWER.format(run.id, node)}{at})"
-        elif f"{job} is parked" in parked:
-            left, count = parked[f"{job} left"], parked[f"{job} count"]
-            where[node] = f"waits for {left} of {count} child runs"
+        elif f"{job} is parked" not in parked:
+            where[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
         elif run.phase == FAILED:
             where[node] = "stands still, as its run failed; --resume runs it again"
+        elif parked[job]:
+            where[node] = f"waits for a person: {parked[job]} ({ANSWER.format(run.id, node)}{at})"
         else:
-            where[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
+            left, count = parked[f"{job} left"], parked[f"{job} count"]
+            where[node] = f"waits for {left} of {count} child runs"
         event = last.get((run.id, node), {})
         if (until := event.get("at", 0) + event.get("delay", 0)) > time.time():
             where[node] += f", backs off until {time.ctime(until)[11:19]} after {event['error']}"

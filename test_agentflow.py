@@ -3113,6 +3113,24 @@ async def test_a_commit_into_a_failed_run_just_before_a_resume_is_not_repeated(
     assert accepted
 
 
+async def test_a_map_that_could_start_nothing_as_its_run_had_failed_starts_it_after_a_resume(
+    space: Space,
+) -> None:
+    mapped, items = family("m a -> b", m=MAP, c_x=ITEM), {"items": [1, 2]}
+    run = await mapped.run(items, space.executor)
+    hand = Hand(space, mapped, run, alive=100)
+    m, a = hand.take("m"), hand.take("a")
+    await hand.fail(a, "it is broken")
+    await hand.start_child(m, {"item": 1}, count=2)
+
+    await run.resume()
+    event = run.event("parked", node="m")
+    await hand.view.change(RELEASE, job=m, count=2, question="", event=event)
+    space.worker()
+
+    await as_in_memory(run, mapped, items)
+
+
 async def test_a_cancel_at_the_moment_of_a_runs_end_leaves_one_of_the_two(
     space: Space, gate: Gate
 ) -> None:
