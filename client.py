@@ -26,13 +26,13 @@ from typing import Any
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-from agentflow import CANCELLED, COMPLETED, FAILED, PARKED, RUNNING, Context, Event, Flow
-from agentflow import GraphError, MemoryRun, RedisExecutor, RedisRun, Registry, Run, RunError, pairs
+from agentflow import CANCELLED, COMPLETED, FAILED, Context, Event, GraphError, MemoryRun
+from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError
 from graphs.check import load, nearest, parse_json
 from graphs.draw import draw, mermaid
+from graphs.explain import ANSWER, explain, look
 
 STEERING = r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-ANSWER = "to answer, type: python client.py --run {} --answer {}=VALUE"
 
 
 def escape(text: object, keep: str = "") -> str:
@@ -163,7 +163,7 @@ async def follow(args: argparse.Namespace, run: Run) -> None:
     """Print a run's events, to its end or so far, and what came of it; then exit by that."""
     out = sys.stderr if args.wait or args.json else sys.stdout
     if args.wait and isinstance(run, RedisRun):
-        await look(run.executor)
+        await workers(run.executor)
     async for event in run.events(follow=args.wait):
         say(line_of(event, run.id), out)
         if question := event.get("question"):
@@ -208,7 +208,8 @@ async def steer(args: argparse.Namespace) -> None:
             say(escape(await draw(run, flow), "\n"), sys.stdout)
         else:
             last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
-            await explain(run, flow, last, args.at)
+            async for line in explain(run, flow, last, args.at):
+                say(escape(line), sys.stdout)
         return
     if args.cancel:
         await run.cancel()
@@ -222,77 +223,18 @@ async def steer(args: argparse.Namespace) -> None:
         await follow(args, run)
 
 
-async def look(executor: RedisExecutor, jobs: list[str] = []) -> dict[str, str]:
-    """Who works, and where each job is that a worker has or, of these, that is queued."""
-    key, ready = executor.key, executor.key("ready")
-    crew = await executor.send("ZRANGE", key("workers"), 0, -1)
-    pipe: Any = executor.link.client.pipeline()  # all at one instant
-    pipe.llen(ready).lindex(ready, -1)
-    for worker in crew:
-        heartbeat = key("worker", worker)
-        pipe.get(heartbeat).pttl(heartbeat).lrange(key("processing", worker), 0, -1)
-    for job in jobs:
-        pipe.lpos(ready, job)
-    depth, oldest, *rest = await pipe.execute()
-    found, replies = {"queue": f"has {depth} jobs; the oldest: {oldest or 'none'}"}, iter(rest)
-    nobody = ", and no worker is alive"
-    for worker, doing, left, held in zip(crew, replies, replies, replies, strict=False):
-        if doing:
-            nobody = ""
-            ages, beat = json.loads(doing), f"(heartbeat {6 - left / 1000:.0f} s ago)"
-            found[f"worker {worker}"] = f"has {len(held)} jobs {beat}"
-        for job in held:
-            found[job] = f"was with worker {worker}, which is dead; a living one takes it over"
-            if doing:
-                found[job] = f"is running on worker {worker} since {ages.get(job, 0):.0f} s {beat}"
-    for job, index in zip(jobs, replies, strict=True):
-        if index is not None:
-            found[job] = f"is queued at place {depth - index} of {depth}{nobody}"
-    if nobody and not jobs:
+async def workers(executor: RedisExecutor) -> dict[str, str]:
+    """Who works, and at what; says so if it is nobody."""
+    found = await look(executor)
+    if not any(what.startswith("worker ") for what in found):
         say("no worker is alive; in another terminal, type: python worker.py")
     return found
-
-
-async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) -> None:
-    """Print a line for a run and for each token: where it is, and why; likewise its children."""
-    version, indent = "", "    " * run.origin.depth
-    while version != run.version:  # it moved meanwhile
-        version, jobs = run.version, run.active()
-        tokens = run.state.tokens if run.phase in (RUNNING, FAILED) else {}
-        found = await look(run.executor, [*jobs.values()])
-        parked = pairs(await run.executor.send("HGETALL", run.keys[PARKED]))
-        await run.read()
-    where = dict.fromkeys(tokens, "waits, too")
-    for node, job in jobs.items() if tokens else ():
-        if job in found:
-            where[node] = f"{found[job]}, delivery {int(run.fields.get(f'crashes {job}', 0)) + 1}"
-        elif f"{job} is parked" not in parked:
-            where[node] = "is NOWHERE: not queued, not with a worker, not parked; please report it"
-        elif run.phase == FAILED:
-            where[node] = "stands still, as its run failed; --resume runs it again"
-        elif parked[job]:
-            where[node] = f"waits for a person: {parked[job]} ({ANSWER.format(run.id, node)}{at})"
-        else:
-            left, count = parked[f"{job} left"], parked[f"{job} count"]
-            where[node] = f"waits for {left} of {count} child runs"
-        event = last.get((run.id, node), {})
-        if (until := event.get("at", 0) + event.get("delay", 0)) > time.time():
-            where[node] += f", backs off until {time.ctime(until)[11:19]} after {event['error']}"
-    for node, mask in flow.blockers(tokens).items():
-        others = [f"{other}, which {where[other]}" for other in flow.members(mask)]
-        where[node] = "waits for " + "; and for ".join(others)
-    lines = [f"{indent}run {run.id} of {flow.id} is {run.phase} {run.fields.get('error', '')}"]
-    lines += [f"{indent}  {node} {why}" for node, why in where.items()]
-    say("\n".join(map(escape, lines)), sys.stdout)
-    for child in await run.children():
-        if child.phase in (RUNNING, FAILED):
-            await explain(child, flow.registry[child.origin.flow], last, at)
 
 
 async def overview(args: argparse.Namespace) -> None:
     """Print what the workers do and what waits, or the recent runs: a line each."""
     executor = await reach(args.redis)
-    for what, place in (await look(executor)).items() if args.workers else ():
+    for what, place in (await workers(executor)).items() if args.workers else ():
         say(f"{what} {place}", sys.stdout)
     newest = ("ZRANGE", executor.key("runs"), 0, 19, "REV")
     for id in await executor.send(*newest) if args.runs else ():

@@ -63,6 +63,7 @@ from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, 
 from agentflow import Worker, child_id, event_of, execute, failure_of, new_id, result_of
 from agentflow import to_json
 from graphs.check import Field, load
+from graphs.explain import explain
 from graphs.patterns import draw
 
 README = (HERE / "README.md").read_text("utf-8")
@@ -3275,6 +3276,83 @@ async def test_a_cancel_and_a_resume_at_once_end_in_a_cancelled_run(
 # ── 17. The command lines ────────────────────────────────────────────────────────────────────
 
 
+# What --explain says.
+
+
+async def explained(run: RedisRun, flow: agentflow.Flow) -> list[str]:
+    """What is said of a run; ids, ages and the names of workers left out."""
+    await run.read()
+    last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
+    lines = [line async for line in explain(run, flow, last, "")]
+    odd = r"\S+-\d+-[0-9a-f]{6}\b|[0-9a-f]{16,}|\d+(?= s\b)"
+    return [re.sub(odd, "N", line) for line in lines]
+
+
+async def test_a_run_that_stands_says_of_each_token_where_it_is_and_why(
+    space: Space, gate: Gate
+) -> None:
+    held = family("s q a m -> j; q -approve-> j", a=gate.data, q=WAIT, m=MAP, c_x=gate.data)
+    run = await held.run({"items": [1, 2]}, space.executor)
+    queued = await explained(run, held)
+    space.worker(lease=6)
+    await gate.reached("x", 2)
+    await question_of(run)
+    await wait_until(lambda: has_key(run, "s"))
+
+    said = await explained(run, held)
+
+    assert queued[1] == "  s is queued at place 1 of 4, and no worker is alive, delivery 1"
+    here = "is running on worker N since N s (heartbeat N s ago), delivery 1"
+    asks = "waits for a person: Good? (to answer, type: python client.py --run N --answer q=VALUE)"
+    q, a, m = f"q {asks}", f"a {here}", "m waits for 2 of 2 child runs"
+    j = "j waits for " + "; and for ".join(each.replace(" ", ", which ", 1) for each in (q, a, m))
+    child = ["    run N of child is running ", f"      x {here}"]
+    assert said[0] == "run N of flow is running " and said[5:] == child * 2
+    assert sorted(said[1:5]) == [f"  {each}" for each in (a, j, m, q)]
+    gate.open("a", "x")
+    await run.answer("q", "approve")
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_a_run_that_failed_or_whose_worker_died_says_what_brings_it_on(
+    space: Space, gate: Gate
+) -> None:
+    both = flow("a b", a=gate.data, b=gate.broken)
+    worker = space.process()
+    run = await both.run({}, space.executor)
+    await gate.reached("a")
+    await wait_until(lambda: is_status(run, FAILED))
+
+    worker.die()
+    failed = await explained(run, both)
+    gate.mend()
+    gate.open("a")
+    space.worker(lease=0.3)
+    await wait_until(lambda: not space.lists())
+    aside = await explained(run, both)
+    await run.resume()
+
+    dead = "was with worker N, which is dead; a living one takes it over, delivery 1"
+    stands = "stands still, as its run failed; --resume runs it again"
+    error = 'run N of flow is failed node "b": it is broken'
+    assert failed == [error, f"  a {dead}", f"  b {stands}"]
+    assert aside == [error, f"  a {stands}", f"  b {stands}"]
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_a_job_that_is_lost_after_all_is_said_to_be_nowhere(space: Space) -> None:
+    lost = flow("a")
+    run = await lost.run({}, space.executor)
+    space.redis.rename(space.key("ready"), space.key("elsewhere"))
+
+    said = await explained(run, lost)
+
+    assert said[1] == "  a is NOWHERE: not queued, not with a worker, not parked; please report it"
+    space.redis.rename(space.key("elsewhere"), space.key("ready"))
+    space.worker()
+    assert (await end_of(run)).status == COMPLETED
+
+
 # The client.
 
 
@@ -4168,7 +4246,10 @@ def test_a_file_has_the_sections_that_it_lists(name: str) -> None:
     assert f" {len(sections) + 1} " not in listed
 
 
-@pytest.mark.parametrize("name, most", [("worker.py", 80), ("graphs/nodes.py", 350)])
+BUDGETS = {"client.py": 300, "worker.py": 80, "graphs/nodes.py": 350}
+
+
+@pytest.mark.parametrize("name, most", BUDGETS.items())
 def test_what_is_read_first_is_short(name: str, most: int) -> None:
     assert len((HERE / name).read_text("utf-8").splitlines()) <= most
 
