@@ -21,7 +21,7 @@ The words, each with an example:
     context   a run's data: string keys, JSON values            {"name": "Ada"}
     run       one execution of a flow                           "5f0c1a..."
     token     stands at a node, one at most, with a mark:       {"hello": "8d1f03..."}
-              "waiting", "returned" (to a loop's head) or, at an active node, a random id
+              "waiting", "returned" (to a loop's head) or, once it may run (is active), a random id
     job       one activation of one node: run/node/mark;        "5f0c1a.../hello/8d1f03..."
               what the queue moves, and an idempotency key
     visit     which activation of its node this is since its loop was entered; 1 outside of loops
@@ -179,8 +179,8 @@ class Child:
 
 @dataclass(frozen=True)
 class Park:
-    """Returned by a prep that cannot go on before these children, of which there is at least one,
-    have ended, or a person has answered. Other jobs run meanwhile; then prep is called again, with
+    """Returned by a prep that must wait: for these children, at least one, to end, or for a person
+    to answer this question. Other jobs run meanwhile; then prep is called again, with
     `ctx.results`, and parks no more. If a child fails, the node fails, without another prep. After
     a crash prep is called again without results, and must return the same Park."""
 
@@ -236,7 +236,7 @@ class Node:
         return {self.id}
 
     def runs(self) -> dict[str, bool]:
-        """The flows that it starts as children, and whether each is started in any case."""
+        """The flows that it starts as children, and whether each is always started."""
         return {}
 
     def check(self) -> Iterator[tuple[str, str]]:
@@ -266,7 +266,7 @@ class Outcome(NamedTuple):
 
 
 async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
-    """One activation of a node, the same in every executor (I4); `failure` is that of a child.
+    """One activation of a node, the same in every executor (I4); `failure`: of a child, or ''.
     RunError when it has failed for good and none of its edges carries the action `error`."""
     started = time.monotonic()
     try:
@@ -275,7 +275,7 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         prepared = await node.prep(ctx)
         if isinstance(prepared, Park):
             if bool(prepared.children) == bool(prepared.question):
-                raise Permanent("it parks neither for children nor for a question, or for both")
+                raise Permanent("a Park has either children or a question")
             if ctx.results is not None:
                 raise Permanent("it parks again, although it has what it parked for")
             if prepared.children and ctx.depth >= MAX_DEPTH:
@@ -293,7 +293,7 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError):
             if (task := asyncio.current_task()) and task.cancelling():
-                raise  # for this activation is to end
+                raise  # we are told to stop
             error = Permanent("it has cancelled itself")
         kind = "" if isinstance(error, (Permanent, TryLater)) else f"{type(error).__name__}: "
         text = as_unicode(f'node "{node.id}": {kind}{error}'[:2000])
@@ -409,11 +409,11 @@ class Flow:
         tokens = dict(state.tokens)
         del tokens[node]
         for target in self.targets[node].get(action, ()):
-            if tokens.get(target, WAITING) not in (WAITING, RETURNED):
+            if tokens.get(target, WAITING) not in IDLE:
                 raise RunError(f'node "{target}" was reached while active; please report this')
             tokens[target] = RETURNED if (node, target) in self._back else WAITING
         state, ready = self._activate(State(tokens, state.visits, state.steps + 1), mark)
-        if state.tokens and not {*state.tokens.values()} - {WAITING, RETURNED}:
+        if state.tokens and not {*state.tokens.values()} - {*IDLE}:
             raise RunError(f"all tokens wait, {tokens}, and none may run; please report this")
         return state, ready
 
@@ -430,17 +430,17 @@ class Flow:
         return State(tokens, visits, state.steps), ready
 
     def blockers(self, tokens: Mapping[str, str]) -> dict[str, int]:
-        """For each node where a token waits, the mask of those whose tokens it waits for: each that
-        is upstream of it, and for one that has come back to the head of a loop, also each in the
-        loop's body. A token that has come back stands for the next round: nodes in the body do not
-        wait for it, nodes behind the loop do."""
+        """For each node where a token waits, the mask of the nodes whose tokens it waits for: those
+        upstream of it; and if its token has returned to the head of a loop, also those in the
+        loop's body, for the round is not over. A returned token stands for the next round: nodes
+        in the body do not wait for it, nodes behind the loop do."""
         returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
-        busy = self._mask(tokens) ^ returned
+        current = self._mask(tokens) ^ returned
         found: dict[str, int] = {}
         for node, mark in tokens.items():
-            if mark in (WAITING, RETURNED):
+            if mark in IDLE:
                 own_loop = self._body[node] if mark == RETURNED else 0
-                counted = busy | (returned & ~self._heads[node])
+                counted = current | (returned & ~self._heads[node])
                 found[node] = counted & (self.upstream[node] | own_loop)
         return found
 
@@ -450,7 +450,7 @@ class Flow:
         self.bit = {node: 1 << i for i, node in enumerate(self.nodes)}
         edges = [(node, target) for node in self.nodes for target in self.leads_to(node)]
         self.ancestors = self._ancestors_along(edges)
-        # A start: whatever leads to it is also reached from it, and it is the first of these.
+        # A start: only nodes that it leads to lead to it, and it is the first of these in the file.
         self.starts = [
             node
             for node, bit in self.bit.items()
@@ -460,8 +460,8 @@ class Flow:
         for node in (order := [*self.starts]):  # which grows meanwhile: breadth-first
             order += [target for target in self.leads_to(node) if target not in order]
         edges = [(source, target) for source in order for target in self.leads_to(source)]
-        # A loop nesting forest (Steensgaard 1993): a cycle's head is its member that is reached
-        # first; without the edges back to the heads, the same again finds the loops inside.
+        # A loop nesting forest (Steensgaard 1993): a cycle's members have the same ancestors, its
+        # head is reached first; the same without the edges back to heads finds the loops inside.
         self.loops, self._back = list[Loop](), set[tuple[str, str]]()
         ancestors = self.ancestors
         while cyclic := [node for node in order if ancestors[node] & self.bit[node]]:
@@ -504,9 +504,9 @@ class Flow:
         return upstream
 
     def _side_work(self, head: str, members: set[str]) -> set[str]:
-        """Nodes that a loop starts beside itself: each edge to them comes from one of them, or from
-        a member that by the same action also leads to a member; and they do not lead back. So all
-        nodes but those that are reached in another way."""
+        """Nodes that a loop starts beside itself, and that its next round waits for: reached only
+        from one another, or from a member by an action that also leads to a member; and they do
+        not lead back. Found as what is left when all that is reached otherwise is taken away."""
         others = {*self.starts, *self.members(self.ancestors[head])}
         for node in (queue := [*others]):  # which grows meanwhile
             for targets in self.targets[node].values():
@@ -629,8 +629,8 @@ class Executor(Protocol):
 
 
 def new_id() -> str:
-    """A random id: of a run, or of a version of it. A version's id is also the mark of the tokens
-    that it makes active."""
+    """A random id: of a run, or of its version, which is another after each change (see COMMIT) and
+    also the mark of the tokens that this change makes active."""
     return secrets.token_hex(8)
 
 
@@ -670,7 +670,7 @@ class InMemoryExecutor:
 
 
 class MemoryRun(Run):
-    """A run in this process, or a child of one; made, it runs."""
+    """A run in this process, or a child of one; it runs as soon as it is made."""
 
     def __init__(
         self, id: str, flow: Flow, values: dict[str, str], dry_run: bool,
@@ -684,7 +684,7 @@ class MemoryRun(Run):
         self.questions: dict[str, asyncio.Future[Any]] = {}  # by run/node
         self.state, ready = flow.first(new_id())
         self._record("started")
-        self.tasks = [asyncio.create_task(self._branch(ready))]  # the event loop would forget them
+        self.tasks = [asyncio.create_task(self._branch(ready))]  # or they might be collected
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
         """What has happened, from the start; to follow it, also what happens until the end."""
@@ -754,7 +754,7 @@ class MemoryRun(Run):
         self._record("done", **outcome.event)
         if not self.state.tokens:
             self._end(COMPLETED)
-        # A failed run keeps what its other nodes still finish, but goes on to nothing.
+        # A failed run keeps what its other nodes still finish, but starts nothing more.
         return ready if self.phase == RUNNING else []
 
     def _end(self, phase: str, error: str = "") -> None:
@@ -795,10 +795,10 @@ class MemoryRun(Run):
 # COMMIT puts the successors into ready or, as many as its worker has room for, into that worker's
 # own list: these it keeps, and they need no READ.
 #
-# Fields of a job in run:<id>:parked. <job>: what it asks, or ''. <job> count: its children, or 1.
-# <job> missing: those that are not started yet. <job> left: 0 or less as soon as it has something
-# to read. <job> <i>: what child i, or a person, told: '["completed", result]', or another status
-# and a text. <job> is parked: it is in no list.
+# Fields of run:<id>:parked, of each job: "<job>" its question or ''; "<job> count" its children, or
+# 1; "<job> missing" those not started yet; "<job> left" 0 or less once it can go on; "<job> <i>"
+# what child i, or a person, told: '["completed", result]', or another status and a text; and
+# "<job> is parked" as long as no list has the job.
 
 DAY = 24 * 3600  # seconds
 
@@ -817,7 +817,7 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS begin in this order (`.. mine`: that is the last one that is needed), but
+# What scripts share. KEYS begin in this order (`.. parked`: up to that one, at least), but
 # for TAKE and BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and
 # values follow as they are, because Lua would make {} of [] and round integers. A state is a text
 # in `a`: only Python makes one.
@@ -842,7 +842,7 @@ local function expire(days)  -- at the end of each step: it may have made any of
   if run == root then call('EXPIRE', events, days * 86400) end  -- which a child shares
   call('EXPIRE', graph, 30 * 86400)  -- which other runs share
 end
-local function status_of(run, job)  -- while the job's token is there
+local function status_of(run, job)  -- or false, if the job's token is gone
   local node, mark = string.match(job, '/(.*)/(.*)')
   local found = call('HMGET', run, 'status', 'state')
   return found[2] and cjson.decode(found[2]).tokens[node] == mark and found[1]
@@ -879,7 +879,7 @@ local function tell(run, parked, job, index, status)
   end
   return 1
 end
-local function is_repeat()  -- a user's command is sent again, for its reply was lost
+local function is_repeat()  -- a user's command sent again; `steered` is the last one's version
   return call('HGET', run, 'steered') == a.version
 end
 local function finish()
@@ -905,7 +905,7 @@ class Script:
 
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active,
-# and has not been told of it (I1). How many children a job has, is settled by the first one.
+# and has not been told of it (I1). The first START settles how many children its job has.
 #   KEYS  .. parents_parked, runs
 #   a     run version origin state jobs event parent, text or index count
 START = Script("""
@@ -916,13 +916,12 @@ if a.parent ~= '' then
   if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return 0 end
   call('HINCRBY', parents_parked, a.parent .. ' missing', -1)
 end
-local now = call('TIME')[1]
-call('HSET', run, 'status', 'running', 'version', a.version, 'state', a.state,
-     'origin', a.origin, 'created', now)
+call('HSET', run, 'status', 'running', 'version', a.version, 'state', a.state, 'origin', a.origin)
 put_context()
 push(ready, a.jobs)
 record(a.event)
 if a.parent == '' then
+  local now = call('TIME')[1]
   call('SET', graph, a.text)
   call('ZADD', KEYS[12], now, a.run)
   call('ZREMRANGEBYSCORE', KEYS[12], '-inf', now - 30 * 86400)
@@ -959,9 +958,9 @@ return {call('HGETALL', run), call('HGETALL', context), told}
 
 # COMMIT is the only way in which a run moves: it records what came of one or more of its jobs, if
 # the run's version is still the one that the decision was made from, else nothing (I1). It asks for
-# no custody, for the token is the fence: of two workers that did one job the first to commit wins.
-# A run has a new version with each change of its status or state, and when a job of it is parked or
-# told; drawn at random, for a Redis that lost its last second would give a number a second time. A
+# no custody: of two workers that did one job the first to commit wins; the other finds the version
+# changed and, deciding anew, its token gone. The version changes with the status or state, and when
+# a job is parked or told; it is random, for a Redis that lost a second would give numbers twice. A
 # failed run keeps what its other nodes still finish; what comes next is parked until a resume.
 #   KEYS  .. parents_parked, copy
 #   a     seen version jobs state usage done keep queue, status error event parent index told
@@ -993,8 +992,8 @@ return {}
 """)
 
 # END ends a run: without a job as cancelled, for good; with one as failed, until a resume. A run is
-# failed only by a worker that has the job in custody, and while the job's token is there: who was
-# taken for dead must not fail what another one does, and nobody what another one has done (I1).
+# failed only by a worker that has the job in custody, and while the job's token is there: one taken
+# for dead must not fail a job that another now runs, and nobody one that is done (I1).
 #   KEYS  .. parents_parked
 #   a     job version status error event parent index told
 #   gives the status that it found, or nothing without custody
@@ -1033,7 +1032,7 @@ if a.count then
   call('HSET', run, 'version', a.version)
   record(a.event)
   local left, missing = unpack(call('HMGET', parked, a.job .. ' left', a.job .. ' missing'))
-  if tonumber(left) > 0 and tonumber(missing) <= 0 then  -- else START refused some, for a while
+  if tonumber(left) > 0 and tonumber(missing) <= 0 then  -- else it has news, or children to start
     park({a.job})
     return 1
   end
@@ -1123,13 +1122,13 @@ def connect(url: str) -> redis.asyncio.Redis:
 class Link:
     """Commands that are given in one pass of the event loop travel together, on a connection of
     their own. After an outage, which is logged once, they are sent again; so each must do no harm
-    twice. (`client` has others, for what is asked once.)"""
+    twice. (What must not be sent again goes by `client`, which has other connections.)"""
 
     def __init__(self, url: str) -> None:
         self.client = connect(url)
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
-        self._connection.socket_timeout = None  # there is one for a whole batch, in ask
+        self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange
         self.back_since = time.monotonic()  # after the last outage
         self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
@@ -1228,7 +1227,7 @@ class RedisExecutor:
         return [key, f"{key}:context", f"{key}:parked", f"{prefix}ready", custody, heartbeat]
 
     async def open(self) -> None:
-        """Find out at once whether Redis is there and will do: RedisError where not."""
+        """Find out at once whether Redis is there, writable and 6.2 or newer: RedisError if not."""
         probe = self.key("ready", "probe")
         await self.link.client.lmove(probe, probe, "RIGHT", "LEFT")
 
@@ -1282,7 +1281,7 @@ class RedisRun(Run):
         trim, text = ("NOMKSTREAM", "MAXLEN", "~", 10000), self.event(event, **more)
         self.executor.send("XADD", self.keys[EVENTS], *trim, "*", "event", text)
 
-    def end(self, status: str, error: str = "", result: str = "") -> dict[str, Any]:
+    def ending(self, status: str, error: str = "", result: str = "") -> dict[str, Any]:
         """What a script that ends the run is given: among it what a parent is told."""
         told = result or encode(failure_of(self.id, self.origin.flow, status, error))
         event = self.event(status, error=error)
@@ -1294,7 +1293,7 @@ class RedisRun(Run):
         return {node: f"{self.id}/{node}/{mark}" for node, mark in tokens if mark not in IDLE}
 
     def start(self, flow: Flow, values: dict[str, str], **more: Any) -> asyncio.Future[Any]:
-        """Make the run: a user's with its graph's `text`, or a child with the `count` of them."""
+        """Make the run: a user's with its graph's `text`, or a child with its parent's `count`."""
         self.version = new_id()
         self.state, _ = flow.first(self.version)
         origin = {k: v for k, v in vars(self.origin).items() if v not in ("", 0, None)}
@@ -1352,7 +1351,7 @@ class RedisRun(Run):
         process die meanwhile, say it again: the children are looked for each time. RunError if the
         run is completed or cancelled already."""
         why = "with its parent" if self.origin.parent else "by request"
-        found = await self.change(END, **self.end(CANCELLED, why))
+        found = await self.change(END, **self.ending(CANCELLED, why))
         for child in await self.children():  # no more can come: START asks for the parent's status
             with suppress(RunError):  # it has ended before
                 await child.cancel()
@@ -1473,8 +1472,8 @@ class Worker:
         await self.send("DEL", self.key("worker", self.id))
 
     # A job's way: taken, claimed (what it needs is read), executed, and committed, parked, failed
-    # or given back. Then this worker forgets it, and Redis ends its custody: in this order, for it
-    # may come back at once, unless it is committed.
+    # or given back. This worker forgets it before Redis ends its custody, for it may come back at
+    # once; only a committed job cannot, and is forgotten after.
 
     def _room(self) -> int:
         return 0 if self._suspect else self.concurrency - len(self.held) - self._asked
@@ -1531,7 +1530,7 @@ class Worker:
                 await self._fail(job, claimed.run, str(error))
         except Exception:  # charged, so that it does not come again for ever
             log.exception("giving back %s, as if we had crashed", job)
-            await asyncio.sleep(1)  # lest it come again at once, and for ever
+            await asyncio.sleep(1)  # lest it come again at once
             await self._give_back(job, crashed=True)
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
@@ -1573,8 +1572,8 @@ class Worker:
         return claimed if self.held.get(job) is held else None
 
     def _claimed(self, job: str, run: RedisRun, node: Node, told: Sequence[Any] = ()) -> Claimed:
-        """What a job needs, from what is known of its run now. Of what it was told it hears when
-        all has come, or a failure."""
+        """What a job needs, from what is known of its run now. It is given its results when
+        all have come, and a failure at once."""
         failures = [text for status, text in filter(None, told) if status != COMPLETED]
         results = [result for _, result in told] if told and all(told) else None
         visit, origin = run.state.visits.get(node.id, 1), run.origin
@@ -1606,17 +1605,17 @@ class Worker:
                 await asyncio.sleep(0)  # so that what ends at the same time shares the commit
             while self.held.get(job) is held and (decision := self._decide(job, claimed)):
                 ended, state, ready, a = decision
-                stands = self.stopping or self._suspect or run.phase != RUNNING
-                room = 0 if stands else max(0, self._room() + len(ended))
+                closed = self.stopping or self._suspect or run.phase != RUNNING
+                room = 0 if closed else max(0, self._room() + len(ended))
                 keep, queue = ready[:room], ready[room:]
-                # The first take over the slots of what has ended; for the others slots are held.
+                # The first take the slots of what has ended; placeholders keep the others'.
                 self.held |= {other: Held() for other in keep[len(ended) :]}
                 try:
                     found = await run.change(COMMIT, copy, keep=keep, queue=queue, **a)
                 finally:
                     for other in keep[len(ended) :]:
                         self.held.pop(other, None)  # after a long outage the audit has done so
-                if found:
+                if found:  # it has moved; or this was sent twice: what was kept, the audit finds
                     run.update(*found)
                     continue
                 run.version, run.state = a["version"], state
@@ -1654,7 +1653,7 @@ class Worker:
         a |= {"state": encode(state._asdict()), "usage": usage, "done": done, "values": changes}
         if not state.tokens:
             result = result_of(run.context | changes, run.origin.gives)
-            a |= run.end(COMPLETED, result=result)
+            a |= run.ending(COMPLETED, result=result)
         return ended, state, ready, a
 
     async def _park(self, job: str, claimed: Claimed, park: Park) -> None:
@@ -1680,7 +1679,7 @@ class Worker:
     async def _fail(self, job: str, run: RedisRun, text: str) -> None:
         log.warning("failed %s", job)
         self._forget(job)
-        if not await run.change(END, job=job, **run.end(FAILED, text)):
+        if not await run.change(END, job=job, **run.ending(FAILED, text)):
             self.counts["refused"] += 1
 
     async def _give_back(self, job: str, crashed: bool = False) -> None:
@@ -1717,7 +1716,7 @@ class Worker:
         await self._beat()
         await self._audit()
         await self._watch()
-        if time.monotonic() - self.executor.link.back_since > self.lease:  # all may beat again
+        if time.monotonic() - self.executor.link.back_since > self.lease:  # all had time to beat
             await self._reap()
 
     async def _beat(self) -> None:
@@ -1734,7 +1733,7 @@ class Worker:
         odd = {*listed} ^ self.held.keys()
         for job in odd & self._odd:
             what = "audited" if job in listed else "lost"
-            why = "we did not know that we have it" if job in listed else "it was taken from us"
+            why = "we did not know that we had it" if job in listed else "it was taken from us"
             log.warning("letting go of %s: %s", job, why)
             self.counts[what] += 1
             await self._give_back(job)

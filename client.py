@@ -236,11 +236,14 @@ async def overview(args: argparse.Namespace) -> None:
     executor = await reach(args.redis)
     for what, place in (await workers(executor)).items() if args.workers else ():
         say(f"{what} {place}", sys.stdout)
-    newest = ("ZRANGE", executor.key("runs"), 0, 19, "REV")
-    for id in await executor.send(*newest) if args.runs else ():
+    newest: Any = ()
+    if args.runs:
+        runs = executor.key("runs")
+        newest = await executor.link.client.zrevrange(runs, 0, 19, withscores=True)
+    for id, began in newest:
         if run := await executor.find(id):
-            age, nodes = time.time() - int(run.fields["created"]), ", ".join(run.state.tokens)
-            about = f"{run.origin.flow:<20} {run.phase:<10} {age:>7.0f} s  {nodes}"
+            nodes = ", ".join(run.state.tokens)
+            about = f"{run.origin.flow:<20} {run.phase:<10} {time.time() - began:>7.0f} s  {nodes}"
             say(f"{id}  {about}", sys.stdout)
 
 

@@ -30,6 +30,7 @@ import logging
 import os
 import pty
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -818,7 +819,7 @@ class Hand:
 
     async def fail(self, job: str, text: str) -> None:
         """Fail the run."""
-        await self.view.change(END, job=job, **self.view.end(FAILED, text))
+        await self.view.change(END, job=job, **self.view.ending(FAILED, text))
 
 
 async def committed_once(space: Space, run: RedisRun, flow: agentflow.Flow) -> End:
@@ -1639,7 +1640,7 @@ async def test_a_question_and_an_error_may_hold_what_is_not_unicode(executor: An
 async def test_a_node_that_parks_for_nothing_has_failed(executor: Any) -> None:
     end = await same(executor, one("idle"))
 
-    said = "it parks neither for children nor for a question, or for both"
+    said = "a Park has either children or a question"
     assert (end.status, end.error) == (FAILED, f'node "a": {said}')
 
 
@@ -2667,7 +2668,7 @@ async def test_a_cancel_that_is_sent_again_says_the_same(space: Space) -> None:
     space.worker()
     run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
     await question_of(run)
-    cancel = {"version": new_id(), **run.end(CANCELLED, "by request")}
+    cancel = {"version": new_id(), **run.ending(CANCELLED, "by request")}
 
     said = [await run.change(END, **cancel) for _ in range(2)]
 
@@ -4196,6 +4197,12 @@ def test_each_scripts_header_names_its_keys_and_arguments() -> None:
         assert max(used, default=0) <= len(keys), name
 
     assert len(scripts) == len(agentflow.SCRIPTS)
+
+
+def test_each_seeded_bug_finds_its_place_in_the_engine_and_its_test() -> None:
+    for name, find, put, test in runpy.run_path(f"{HERE}/.ci/mutants")["MUTANTS"]:
+        assert SOURCE.count(find) == 1 and put != find, name
+        assert test in globals(), test
 
 
 @pytest.mark.parametrize("module", [agentflow, graphs.nodes], ids=lambda module: module.__name__)
