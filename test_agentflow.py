@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import atexit
 import contextlib
 import doctest
 import hashlib
@@ -600,6 +601,7 @@ class Server:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL)
+        atexit.register(self.process.kill)  # should its test fail
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             try:
