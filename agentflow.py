@@ -1025,20 +1025,16 @@ if status == 'running' and a.count and a.count < tonumber(count or 0) and tonumb
   return -1
 end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
-if status == 'failed' then park({a.job}) end
-if status ~= 'running' then return 1 end
-if a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
-if a.count then
+local aside = status == 'failed'
+if status == 'running' and a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
+if status == 'running' and a.count then
   expect(parked, a.job)
   call('HSET', run, 'version', a.version)
   record(a.event)
   local left, missing = unpack(call('HMGET', parked, a.job .. ' left', a.job .. ' missing'))
-  if tonumber(left) > 0 and tonumber(missing) <= 0 then  -- else START refused some, for a while
-    park({a.job})
-    return 1
-  end
+  aside = tonumber(left) > 0 and tonumber(missing) <= 0  -- else START refused some, for a while
 end
-call('RPUSH', ready, a.job)
+if aside then park({a.job}) elseif status == 'running' then call('RPUSH', ready, a.job) end
 return 1
 """)
 
