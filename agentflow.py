@@ -847,9 +847,6 @@ local function status_of(run, job)  -- while the job's token is there
   local found = call('HMGET', run, 'status', 'state')
   return found[2] and cjson.decode(found[2]).tokens[node] == mark and found[1]
 end
-local function is_active(run, job)
-  return status_of(run, job) == 'running'
-end
 local function park(jobs)
   for _, job in ipairs(jobs) do call('HSET', parked, job .. ' is parked', 1) end
 end
@@ -911,7 +908,7 @@ class Script:
 START = Script("""
 if call('EXISTS', run) == 1 then return 0 end
 if a.parent ~= '' then
-  if not is_active(parent, a.parent) then return 0 end
+  if status_of(parent, a.parent) ~= 'running' then return 0 end
   if a.index >= expect(parents_parked, a.parent) then return 0 end
   if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return 0 end
   call('HINCRBY', parents_parked, a.parent .. ' missing', -1)
@@ -1078,7 +1075,8 @@ return 1
 #   gives 1 if it was the first answer to a question
 ANSWER = Script("""
 if is_repeat() then return 1 end
-if not is_active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
+if status_of(run, a.job) ~= 'running' then return 0 end
+if (call('HGET', parked, a.job) or '') == '' then return 0 end
 if tell(run, parked, a.job, 0, 'completed') == 0 then return 0 end
 call('HSET', run, 'steered', a.version)
 record(a.event)
