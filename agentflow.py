@@ -1747,7 +1747,6 @@ class Worker:
         """Give back what dead workers had taken (I3). A worker is remembered for a day: what it had
         asked for may still come into its list."""
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
-        old = await self.send("ZRANGEBYSCORE", crew, "-inf", now - DAY)
         workers = [id for id in await self.send("ZRANGE", crew, 0, -1) if id != self.id]
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
@@ -1758,5 +1757,4 @@ class Worker:
                     moved += await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
                 self.counts["reaped"] += moved
                 log.warning("worker %s is dead; gave back %d jobs", worker, moved)
-            elif worker in old:
-                await self.send("ZREM", crew, worker)
+        await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - DAY)
