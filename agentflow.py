@@ -1123,7 +1123,7 @@ class Link:
         self.client = connect(url)
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
-        self._connection.socket_timeout = None  # there is one for a whole batch, in ask
+        self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange
         self.back_since = time.monotonic()  # after the last outage
         self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
@@ -1423,7 +1423,6 @@ class Worker:
         self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
         self.executor.name = self.id
         self.processing = self.key("processing", self.id)
-        self.fetch = connect(url)  # BLMOVE waits on a connection of its own
         self.concurrency, self.grace, self.lease, self.beat = concurrency, grace, lease, beat
         self.stopping = self._leaving = False
         self.held: dict[str, Held] = {}  # by job
@@ -1452,7 +1451,6 @@ class Worker:
             await asyncio.sleep(0.02)
         self._leaving = True
         await asyncio.wait([asyncio.create_task(self._leave(tick))], timeout=5)  # or Redis is away
-        await self.fetch.aclose()
         await self.executor.link.close()
 
     def stop(self) -> None:
@@ -1478,7 +1476,7 @@ class Worker:
         ends = (self.key("ready"), self.processing)
         try:
             self._asked = 1
-            first: Any = await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT")
+            first: Any = await self.executor.link.client.blmove(*ends, 1, "RIGHT", "LEFT")
             self._asked = 0
             if first:
                 await self._receive([first])
