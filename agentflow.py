@@ -1656,8 +1656,7 @@ class Worker:
             started = RedisRun(self.executor, child_id(job, i), theirs)
             starts.append(started.start(registry[child.flow], child.values, count=count))
             if i % 100 == 99:  # few at a time, for others want to be served, too
-                await asyncio.gather(*starts)
-                starts.clear()
+                await starts[-1]
         await asyncio.gather(*starts)
         event = run.event("parked", node=claimed.node.id, question=park.question)
         self._forget(job)
