@@ -903,11 +903,11 @@ class Script:
 #   KEYS  .. parents_parked, runs
 #   a     run version origin state jobs event parent, text or index count
 START = Script("""
-if call('EXISTS', run) == 1 then return 0 end
+if call('EXISTS', run) == 1 then return end
 if a.parent ~= '' then
-  if status_of(parent, a.parent) ~= 'running' then return 0 end
-  if a.index >= expect(parents_parked, a.parent) then return 0 end
-  if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return 0 end
+  if status_of(parent, a.parent) ~= 'running' then return end
+  if a.index >= expect(parents_parked, a.parent) then return end
+  if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return end
   call('HINCRBY', parents_parked, a.parent .. ' missing', -1)
 end
 local now = call('TIME')[1]
@@ -922,7 +922,6 @@ if a.parent == '' then
   call('ZREMRANGEBYSCORE', KEYS[12], '-inf', now - 30 * 86400)
 end
 expire(30)
-return 1
 """)
 
 # TAKE moves up to so many jobs at once, as BLMOVE moves the first (I2).
@@ -983,7 +982,6 @@ if a.status then
 else
   expire(30)
 end
-return {}
 """)
 
 # END ends a run: without a job as cancelled, for good; with one as failed, until a resume. A run is
