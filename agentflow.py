@@ -684,7 +684,6 @@ class MemoryRun(Run):
         self.tasks = [asyncio.create_task(self._branch(ready))]  # the event loop would forget them
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
-        """What has happened, from the start; to follow it, also what happens until the end."""
         seen = 0
         while (follow and self.phase == RUNNING) or seen < len(self.log):
             if seen == len(self.log):
@@ -693,7 +692,6 @@ class MemoryRun(Run):
             seen += 1
 
     async def status(self) -> Status:
-        """Where the run stands now."""
         more = {"error": self.error, "usage": dict(self.usage), "tokens": self.state.tokens}
         return Status.of(self, self.flow.id, self.phase, self.values, **more)
 
@@ -1222,7 +1220,6 @@ class RedisExecutor:
         await self.link.client.lmove(probe, probe, "RIGHT", "LEFT")
 
     async def run(self, flow: Flow, inputs: Mapping[str, Any], dry_run: bool = False) -> RedisRun:
-        """Queue the start nodes of a new run. RunError where an input is missing or not JSON."""
         digest, graph = flow.bundle
         id = new_id()
         run = RedisRun(self, id, Origin(flow.id, digest, id, dry_run))
@@ -1313,7 +1310,6 @@ class RedisRun(Run):
         return Status.of(self, self.origin.flow, self.phase, self.context, **more)
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
-        """What has happened, from the start; to follow it, also what happens until the end."""
         last, send = "-", self.executor.send
         while True:  # the status first: if it is final, all that comes next is there to be read
             status = await send("HGET", self.keys[RUN], "status")
