@@ -791,9 +791,9 @@ class MemoryRun(Run):
 # own list: these it keeps, and they need no READ.
 #
 # Fields of a job in run:<id>:parked. <job>: what it asks, or ''. <job> count: its children, or 1.
-# <job> missing: those that are not started yet. <job> left: 0 or less as soon as it has something
-# to read. <job> <i>: what child i, or a person, told: '["completed", result]', or another status
-# and a text. <job> is parked: it is in no list.
+# <job> missing: those that are not started yet. <job> left: those that are still to tell; 0 or less
+# when the job has something to read: all, or a failure. <job> <i>: what child i, or a person, told:
+# '["completed", result]', or another status and a text. <job> is parked: it is in no list.
 
 DAY = 24 * 3600  # seconds
 
@@ -846,8 +846,7 @@ local function park(jobs)
   for _, job in ipairs(jobs) do call('HSET', parked, job .. ' is parked', 1) end
 end
 -- What a job waits for is written once, and before any child that will give it is there: whoever
--- cancels the run must find the children. `left` says how many are to come before the job has
--- something to read: all of them, or one failure, which takes off as much as all of them.
+-- cancels the run must find the children. A failure takes as much off `left` as all of them.
 local function expect(parked, job)
   local question = a.question or ''
   if call('HSETNX', parked, job, question) == 1 then
@@ -1207,12 +1206,11 @@ class RedisExecutor:
         """A key's name."""
         return self.prefix + ":".join(parts)
 
-    def keys(self, run: str, worker: str = "") -> list[str]:
-        """The keys of a run, and of its jobs' custody, in the order that scripts know."""
-        prefix, worker = self.prefix, worker or self.name
-        key, custody = f"{prefix}run:{run}", f"{prefix}processing:{worker}"
-        heartbeat = f"{prefix}worker:{worker}"
-        return [key, f"{key}:context", f"{key}:parked", f"{prefix}ready", custody, heartbeat]
+    def keys(self, job: str, worker: str = "") -> list[str]:
+        """The keys of a run, or of a job's run, and of custody, in the order that scripts know."""
+        key, worker = self.key("run", job.partition("/")[0]), worker or self.name
+        custody = [self.key("processing", worker), self.key("worker", worker)]
+        return [key, f"{key}:context", f"{key}:parked", self.key("ready"), *custody]
 
     async def open(self) -> None:
         """Find out at once whether Redis is there and will do: RedisError where not."""
@@ -1520,7 +1518,7 @@ class Worker:
     async def _claim(self, job: str, held: Held) -> Claimed | None:
         """Read what a job needs; None, and the job is let go, if it must not run, or not now."""
         id, name, mark = job.split("/")
-        fields, context, texts = await self.send(*READ.on(self.executor.keys(id), job=job))
+        fields, context, texts = await self.send(*READ.on(self.executor.keys(job), job=job))
         if not fields:
             log.warning("run %s has expired; dropping %s", id, job)
             await self._give_back(job)
@@ -1669,8 +1667,7 @@ class Worker:
         """Put a job back, or drop it if nothing is left to do. It is charged with a crash also if
         it has begun and must not begin again."""
         crashed |= self._forget(job).once
-        keys = self.executor.keys(job.split("/")[0])
-        await self.send(*RELEASE.on(keys, job=job, crashed=crashed))
+        await self.send(*RELEASE.on(self.executor.keys(job), job=job, crashed=crashed))
 
     def _forget(self, job: str) -> Held:
         """Hold a job no longer; if its node still executes, that ends."""
@@ -1725,8 +1722,7 @@ class Worker:
     async def _watch(self) -> None:
         """Stop working on runs that were cancelled."""
         busy = [job for job, held in self.held.items() if held.executing]
-        runs = [self.executor.keys(job.split("/")[0])[RUN] for job in busy]
-        replies = [self.send("HGET", run, "status") for run in runs]
+        replies = [self.send("HGET", self.executor.keys(job)[RUN], "status") for job in busy]
         for job, status in zip(busy, await asyncio.gather(*replies), strict=True):
             if status == CANCELLED:
                 await self._give_back(job)
@@ -1741,7 +1737,7 @@ class Worker:
             if listed and not await self.send("EXISTS", self.key("worker", worker)):
                 moved = 0
                 for job in listed:
-                    keys = self.executor.keys(job.split("/")[0], worker)
+                    keys = self.executor.keys(job, worker)
                     moved += await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
                 self.counts["reaped"] += moved
                 log.warning("worker %s is dead; gave back %d jobs", worker, moved)
