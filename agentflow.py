@@ -59,7 +59,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -889,7 +889,7 @@ class Script:
         self.text = SHARED + text
         self.digest = hashlib.sha1(self.text.encode()).hexdigest()
 
-    def on(self, keys: Sequence[str], values: Mapping[str, str] = {}, **a: Any) -> tuple[Any, ...]:
+    def on(self, keys: list[str], values: Mapping[str, str] = {}, **a: Any) -> tuple[Any, ...]:
         """The command that runs it with these keys, context values and arguments."""
         flat = [text for pair in values.items() for text in pair]
         return ("EVALSHA", self.digest, len(keys), *keys, encode(a), *flat)
@@ -1464,21 +1464,25 @@ class Worker:
         """Take as many jobs as there is room for; return after a second without one."""
         ends = (self.key("ready"), self.processing)
         try:
-            self._asked = 1
-            first: Any = await self.executor.link.client.blmove(*ends, 1, "RIGHT", "LEFT")
-            self._asked = 0
-            if first:
+            move: Any = self.executor.link.client.blmove(*ends, 1, "RIGHT", "LEFT")
+            if first := await self._bringing(1, move):
                 await self._receive([first])
                 await asyncio.sleep(0)  # lets READ be sent first, in one batch with TAKE
                 if (room := self._room()) > 0 and not self.stopping:
-                    self._asked = room
-                    more = self.send(*TAKE.on(ends, room=room))
-                    await self._receive(await asyncio.wait_for(more, 3))
+                    more = asyncio.wait_for(self.send(*TAKE.on([*ends], room=room)), 3)
+                    await self._receive(await self._bringing(room, more))
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
             await asyncio.sleep(0.2)
-        self._asked = 0
+
+    async def _bringing(self, count: int, reply: Awaitable[Any]) -> Any:
+        """A command's reply that may bring so many jobs; until it comes, they have their room."""
+        self._asked += count
+        try:
+            return await reply
+        finally:
+            self._asked -= count
 
     async def _receive(self, jobs: list[str]) -> None:
         for job in jobs:
@@ -1553,7 +1557,7 @@ class Worker:
             await asyncio.sleep(0.05)
         return claimed if self.held.get(job) is held else None
 
-    def _claimed(self, job: str, run: RedisRun, node: Node, told: Sequence[Any] = ()) -> Claimed:
+    def _claimed(self, job: str, run: RedisRun, node: Node, told: list[Any] = []) -> Claimed:
         """What a job needs, from what is known of its run now. Of what it was told it hears when
         all has come, or a failure."""
         failures = [text for status, text in filter(None, told) if status != COMPLETED]
@@ -1590,14 +1594,9 @@ class Worker:
                 stands = self.stopping or self._suspect or run.phase != RUNNING
                 room = 0 if stands else max(0, self._room() + len(ended))
                 keep, queue = ready[:room], ready[room:]
-                # The first take over the slots of what has ended; for the others slots are held.
-                self.held |= {other: Held() for other in keep[len(ended) :]}
-                try:
-                    found = await run.change(COMMIT, copy, keep=keep, queue=queue, **a)
-                finally:
-                    for other in keep[len(ended) :]:
-                        self.held.pop(other, None)  # after a long outage the audit has done so
-                if found:
+                reply = run.change(COMMIT, copy, keep=keep, queue=queue, **a)
+                more = max(0, len(keep) - len(ended))  # than take over the room of what has ended
+                if found := await self._bringing(more, reply):
                     run.update(*found)
                     continue
                 run.version, run.state = a["version"], state
