@@ -59,7 +59,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -247,12 +247,9 @@ class Node:
         """Its inputs by name: of each the first path that has a value; absent where none has."""
         found: dict[str, Any] = {}
         for name, paths in self.inputs.items():
-            for path in paths:
-                try:
+            for path in reversed(paths):  # the first one that has a value stays
+                with suppress(KeyError):
                     found[name] = ctx[path]
-                    break
-                except KeyError:
-                    continue
         return found
 
 
@@ -687,7 +684,6 @@ class MemoryRun(Run):
         self.tasks = [asyncio.create_task(self._branch(ready))]  # or they might be collected
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
-        """What has happened, from the start; to follow it, also what happens until the end."""
         seen = 0
         while (follow and self.phase == RUNNING) or seen < len(self.log):
             if seen == len(self.log):
@@ -696,7 +692,6 @@ class MemoryRun(Run):
             seen += 1
 
     async def status(self) -> Status:
-        """Where the run stands now."""
         more = {"error": self.error, "usage": dict(self.usage), "tokens": self.state.tokens}
         return Status.of(self, self.flow.id, self.phase, self.values, **more)
 
@@ -796,9 +791,9 @@ class MemoryRun(Run):
 # own list: these it keeps, and they need no READ.
 #
 # Fields of run:<id>:parked, of each job: "<job>" its question or ''; "<job> count" its children, or
-# 1; "<job> missing" those not started yet; "<job> left" 0 or less once it can go on; "<job> <i>"
-# what child i, or a person, told: '["completed", result]', or another status and a text; and
-# "<job> is parked" as long as no list has the job.
+# 1; "<job> missing" those not started yet; "<job> left" those still to tell, 0 or less once the job
+# has all, or a failure, to read; "<job> <i>" what child i, or a person, told: '["completed",
+# result]', or another status and a text; and "<job> is parked" as long as no list has the job.
 
 DAY = 24 * 3600  # seconds
 
@@ -847,15 +842,11 @@ local function status_of(run, job)  -- or false, if the job's token is gone
   local found = call('HMGET', run, 'status', 'state')
   return found[2] and cjson.decode(found[2]).tokens[node] == mark and found[1]
 end
-local function is_active(run, job)
-  return status_of(run, job) == 'running'
-end
 local function park(jobs)
   for _, job in ipairs(jobs) do call('HSET', parked, job .. ' is parked', 1) end
 end
 -- What a job waits for is written once, and before any child that will give it is there: whoever
--- cancels the run must find the children. `left` says how many are to come before the job has
--- something to read: all of them, or one failure, which takes off as much as all of them.
+-- cancels the run must find the children. A failure takes as much off `left` as all of them.
 local function expect(parked, job)
   local question = a.question or ''
   if call('HSETNX', parked, job, question) == 1 then
@@ -898,7 +889,7 @@ class Script:
         self.text = SHARED + text
         self.digest = hashlib.sha1(self.text.encode()).hexdigest()
 
-    def on(self, keys: Sequence[str], values: Mapping[str, str] = {}, **a: Any) -> tuple[Any, ...]:
+    def on(self, keys: list[str], values: Mapping[str, str] = {}, **a: Any) -> tuple[Any, ...]:
         """The command that runs it with these keys, context values and arguments."""
         flat = [text for pair in values.items() for text in pair]
         return ("EVALSHA", self.digest, len(keys), *keys, encode(a), *flat)
@@ -909,11 +900,11 @@ class Script:
 #   KEYS  .. parents_parked, runs
 #   a     run version origin state jobs event parent, text or index count
 START = Script("""
-if call('EXISTS', run) == 1 then return 0 end
+if call('EXISTS', run) == 1 then return end
 if a.parent ~= '' then
-  if not is_active(parent, a.parent) then return 0 end
-  if a.index >= expect(parents_parked, a.parent) then return 0 end
-  if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return 0 end
+  if status_of(parent, a.parent) ~= 'running' then return end
+  if a.index >= expect(parents_parked, a.parent) then return end
+  if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return end
   call('HINCRBY', parents_parked, a.parent .. ' missing', -1)
 end
 call('HSET', run, 'status', 'running', 'version', a.version, 'state', a.state, 'origin', a.origin)
@@ -927,7 +918,6 @@ if a.parent == '' then
   call('ZREMRANGEBYSCORE', KEYS[12], '-inf', now - 30 * 86400)
 end
 expire(30)
-return 1
 """)
 
 # TAKE moves up to so many jobs at once, as BLMOVE moves the first (I2).
@@ -988,7 +978,6 @@ if a.status then
 else
   expire(30)
 end
-return {}
 """)
 
 # END ends a run: without a job as cancelled, for good; with one as failed, until a resume. A run is
@@ -1024,20 +1013,16 @@ if status == 'running' and a.count and a.count < tonumber(count or 0) and tonumb
   return -1
 end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
-if status == 'failed' then park({a.job}) end
-if status ~= 'running' then return 1 end
-if a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
-if a.count then
+local aside = status == 'failed'
+if status == 'running' and a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
+if status == 'running' and a.count then
   expect(parked, a.job)
   call('HSET', run, 'version', a.version)
   record(a.event)
   local left, missing = unpack(call('HMGET', parked, a.job .. ' left', a.job .. ' missing'))
-  if tonumber(left) > 0 and tonumber(missing) <= 0 then  -- else it has news, or children to start
-    park({a.job})
-    return 1
-  end
+  aside = tonumber(left) > 0 and tonumber(missing) <= 0  -- else it has news, or children to start
 end
-call('RPUSH', ready, a.job)
+if aside then park({a.job}) elseif status == 'running' then call('RPUSH', ready, a.job) end
 return 1
 """)
 
@@ -1081,7 +1066,8 @@ return 1
 #   gives 1 if it was the first answer to a question
 ANSWER = Script("""
 if is_repeat() then return 1 end
-if not is_active(run, a.job) or (call('HGET', parked, a.job) or '') == '' then return 0 end
+if status_of(run, a.job) ~= 'running' then return 0 end
+if (call('HGET', parked, a.job) or '') == '' then return 0 end
 if tell(run, parked, a.job, 0, 'completed') == 0 then return 0 end
 call('HSET', run, 'steered', a.version)
 record(a.event)
@@ -1219,12 +1205,11 @@ class RedisExecutor:
         """A key's name."""
         return self.prefix + ":".join(parts)
 
-    def keys(self, run: str, worker: str = "") -> list[str]:
-        """The keys of a run, and of its jobs' custody, in the order that scripts know."""
-        prefix, worker = self.prefix, worker or self.name
-        key, custody = f"{prefix}run:{run}", f"{prefix}processing:{worker}"
-        heartbeat = f"{prefix}worker:{worker}"
-        return [key, f"{key}:context", f"{key}:parked", f"{prefix}ready", custody, heartbeat]
+    def keys(self, job: str, worker: str = "") -> list[str]:
+        """The keys of a run, or of a job's run, and of custody, in the order that scripts know."""
+        key, worker = self.key("run", job.partition("/")[0]), worker or self.name
+        custody = [self.key("processing", worker), self.key("worker", worker)]
+        return [key, f"{key}:context", f"{key}:parked", self.key("ready"), *custody]
 
     async def open(self) -> None:
         """Find out at once whether Redis is there, writable and 6.2 or newer: RedisError if not."""
@@ -1232,7 +1217,6 @@ class RedisExecutor:
         await self.link.client.lmove(probe, probe, "RIGHT", "LEFT")
 
     async def run(self, flow: Flow, inputs: Mapping[str, Any], dry_run: bool = False) -> RedisRun:
-        """Queue the start nodes of a new run. RunError where an input is missing or not JSON."""
         digest, graph = flow.bundle
         id = new_id()
         run = RedisRun(self, id, Origin(flow.id, digest, id, dry_run))
@@ -1323,7 +1307,6 @@ class RedisRun(Run):
         return Status.of(self, self.origin.flow, self.phase, self.context, **more)
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
-        """What has happened, from the start; to follow it, also what happens until the end."""
         last, send = "-", self.executor.send
         while True:  # the status first: if it is final, all that comes next is there to be read
             status = await send("HGET", self.keys[RUN], "status")
@@ -1428,7 +1411,6 @@ class Worker:
         self.id = f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
         self.executor.name = self.id
         self.processing = self.key("processing", self.id)
-        self.fetch = connect(url)  # BLMOVE waits on a connection of its own
         self.concurrency, self.grace, self.lease, self.beat = concurrency, grace, lease, beat
         self.stopping = self._leaving = False
         self.held: dict[str, Held] = {}  # by job
@@ -1457,7 +1439,6 @@ class Worker:
             await asyncio.sleep(0.02)
         self._leaving = True
         await asyncio.wait([asyncio.create_task(self._leave(tick))], timeout=5)  # or Redis is away
-        await self.fetch.aclose()
         await self.executor.link.close()
 
     def stop(self) -> None:
@@ -1482,21 +1463,25 @@ class Worker:
         """Take as many jobs as there is room for; return after a second without one."""
         ends = (self.key("ready"), self.processing)
         try:
-            self._asked = 1
-            first: Any = await self.fetch.blmove(*ends, 1, "RIGHT", "LEFT")
-            self._asked = 0
-            if first:
+            move: Any = self.executor.link.client.blmove(*ends, 1, "RIGHT", "LEFT")
+            if first := await self._bringing(1, move):
                 await self._receive([first])
                 await asyncio.sleep(0)  # lets READ be sent first, in one batch with TAKE
                 if (room := self._room()) > 0 and not self.stopping:
-                    self._asked = room
-                    more = self.send(*TAKE.on(ends, room=room))
-                    await self._receive(await asyncio.wait_for(more, 3))
+                    more = asyncio.wait_for(self.send(*TAKE.on([*ends], room=room)), 3)
+                    await self._receive(await self._bringing(room, more))
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
             await asyncio.sleep(0.2)
-        self._asked = 0
+
+    async def _bringing(self, count: int, reply: Awaitable[Any]) -> Any:
+        """A command's reply that may bring so many jobs; until it comes, they have their room."""
+        self._asked += count
+        try:
+            return await reply
+        finally:
+            self._asked -= count
 
     async def _receive(self, jobs: list[str]) -> None:
         for job in jobs:
@@ -1536,7 +1521,7 @@ class Worker:
     async def _claim(self, job: str, held: Held) -> Claimed | None:
         """Read what a job needs; None, and the job is let go, if it must not run, or not now."""
         id, name, mark = job.split("/")
-        fields, context, texts = await self.send(*READ.on(self.executor.keys(id), job=job))
+        fields, context, texts = await self.send(*READ.on(self.executor.keys(job), job=job))
         if not fields:
             log.warning("run %s has expired; dropping %s", id, job)
             await self._give_back(job)
@@ -1571,7 +1556,7 @@ class Worker:
             await asyncio.sleep(0.05)
         return claimed if self.held.get(job) is held else None
 
-    def _claimed(self, job: str, run: RedisRun, node: Node, told: Sequence[Any] = ()) -> Claimed:
+    def _claimed(self, job: str, run: RedisRun, node: Node, told: list[Any] = []) -> Claimed:
         """What a job needs, from what is known of its run now. It is given its results when
         all have come, and a failure at once."""
         failures = [text for status, text in filter(None, told) if status != COMPLETED]
@@ -1608,14 +1593,9 @@ class Worker:
                 closed = self.stopping or self._suspect or run.phase != RUNNING
                 room = 0 if closed else max(0, self._room() + len(ended))
                 keep, queue = ready[:room], ready[room:]
-                # The first take the slots of what has ended; placeholders keep the others'.
-                self.held |= {other: Held() for other in keep[len(ended) :]}
-                try:
-                    found = await run.change(COMMIT, copy, keep=keep, queue=queue, **a)
-                finally:
-                    for other in keep[len(ended) :]:
-                        self.held.pop(other, None)  # after a long outage the audit has done so
-                if found:  # it has moved; or this was sent twice: what was kept, the audit finds
+                reply = run.change(COMMIT, copy, keep=keep, queue=queue, **a)
+                more = max(0, len(keep) - len(ended))  # than take over the room of what has ended
+                if found := await self._bringing(more, reply):  # moved; or sent twice: see _audit
                     run.update(*found)
                     continue
                 run.version, run.state = a["version"], state
@@ -1666,8 +1646,7 @@ class Worker:
             started = RedisRun(self.executor, child_id(job, i), theirs)
             starts.append(started.start(registry[child.flow], child.values, count=count))
             if i % 100 == 99:  # few at a time, for others want to be served, too
-                await asyncio.gather(*starts)
-                starts.clear()
+                await starts[-1]
         await asyncio.gather(*starts)
         event = run.event("parked", node=claimed.node.id, question=park.question)
         self._forget(job)
@@ -1686,8 +1665,7 @@ class Worker:
         """Put a job back, or drop it if nothing is left to do. It is charged with a crash also if
         it has begun and must not begin again."""
         crashed |= self._forget(job).once
-        keys = self.executor.keys(job.split("/")[0])
-        await self.send(*RELEASE.on(keys, job=job, crashed=crashed))
+        await self.send(*RELEASE.on(self.executor.keys(job), job=job, crashed=crashed))
 
     def _forget(self, job: str) -> Held:
         """Hold a job no longer; if its node still executes, that ends."""
@@ -1742,8 +1720,7 @@ class Worker:
     async def _watch(self) -> None:
         """Stop working on runs that were cancelled."""
         busy = [job for job, held in self.held.items() if held.executing]
-        runs = [self.executor.keys(job.split("/")[0])[RUN] for job in busy]
-        replies = [self.send("HGET", run, "status") for run in runs]
+        replies = [self.send("HGET", self.executor.keys(job)[RUN], "status") for job in busy]
         for job, status in zip(busy, await asyncio.gather(*replies), strict=True):
             if status == CANCELLED:
                 await self._give_back(job)
@@ -1752,16 +1729,14 @@ class Worker:
         """Give back what dead workers had taken (I3). A worker is remembered for a day: what it had
         asked for may still come into its list."""
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
-        old = await self.send("ZRANGEBYSCORE", crew, "-inf", now - DAY)
         workers = [id for id in await self.send("ZRANGE", crew, 0, -1) if id != self.id]
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
             if listed and not await self.send("EXISTS", self.key("worker", worker)):
                 moved = 0
                 for job in listed:
-                    keys = self.executor.keys(job.split("/")[0], worker)
+                    keys = self.executor.keys(job, worker)
                     moved += await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
                 self.counts["reaped"] += moved
                 log.warning("worker %s is dead; gave back %d jobs", worker, moved)
-            elif worker in old:
-                await self.send("ZREM", crew, worker)
+        await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - DAY)

@@ -828,7 +828,6 @@ class Story:
             "redis://gate", self.space, concurrency=self.rng.choice([1, 2, 5]), lease=3600,
             grace=self.rng.choice([0, 30]),
         )  # fmt: skip
-        worker.fetch = GatedClient.at(self.gate, name)
         route(worker.executor.link, GatedClient.at(self.gate, name))
         self.crew[name] = worker
 
