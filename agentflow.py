@@ -969,7 +969,6 @@ for _, event in ipairs(a.done) do record(event) end
 push(mine, a.keep)
 if call('HGET', run, 'status') == 'running' then push(ready, a.queue) else park(a.queue) end
 if a.status then
-  call('DEL', parked)
   finish()
   if run == root then  -- a stream has a block of 4 KiB; a copy has no more than it needs
     call('COPY', events, KEYS[12], 'REPLACE')
@@ -982,7 +981,8 @@ end
 
 # END ends a run: without a job as cancelled, for good; with one as failed, until a resume. A run is
 # failed only by a worker that has the job in custody, and while the job's token is there: one taken
-# for dead must not fail a job that another now runs, and nobody one that is done (I1).
+# for dead must not fail a job that another now runs, and nobody one that is done (I1). A resume
+# counts the job's crashes anew, and asks its question again: the answer may be what it failed of.
 #   KEYS  .. parents_parked
 #   a     job version status error event parent index told
 #   gives the status that it found, or nothing without custody
@@ -992,7 +992,13 @@ if a.job and call('LREM', mine, 0, a.job) == 0 then return end
 local status = call('HGET', run, 'status')
 local there = not a.job or status_of(run, a.job)
 if there and (status == 'running' or status == 'failed') then
-  if a.job then park({a.job}) else call('HSET', run, 'steered', a.version) end
+  if a.job then
+    park({a.job})
+    call('HDEL', run, 'crashes ' .. a.job)
+    if call('HGET', parked, a.job) ~= '' then call('HDEL', parked, a.job, a.job .. ' 0') end
+  else
+    call('HSET', run, 'steered', a.version)
+  end
   if a.job and status == 'failed' then record(a.event) else finish() end
 end
 return status
@@ -1014,7 +1020,7 @@ if status == 'running' and a.count and a.count < tonumber(count or 0) and tonumb
 end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
 local aside = status == 'failed'
-if status == 'running' and a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
+if status and a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
 if status == 'running' and a.count then
   expect(parked, a.job)
   call('HSET', run, 'version', a.version)
@@ -1035,16 +1041,16 @@ redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
 redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
-# RESUME lets a failed run go on, if its version is still the one that was read: its parked jobs are
-# queued, its crashes forgotten. A child takes back what it told its parent, which then waits for it
-# again.
+# RESUME lets a failed run go on, if its state is still the one that was read: its parked jobs are
+# queued. A child takes back what it told its parent, which then waits for it again.
 #   KEYS  .. parents_parked
-#   a     seen version state jobs forget event parent index
+#   a     seen version state jobs event parent index
 #   gives 1 if it did
 RESUME = Script("""
 if is_repeat() then return 1 end
-if call('HGET', run, 'version') ~= a.seen then return 0 end
-call('HDEL', run, unpack(a.forget))
+local found = call('HMGET', run, 'status', 'state')
+if found[1] ~= 'failed' or found[2] ~= a.seen then return 0 end
+call('HDEL', run, 'error')
 call('HSET', run, 'status', 'running', 'version', a.version, 'steered', a.version,
      'state', a.state)
 put_context()
@@ -1136,16 +1142,17 @@ class Link:
     async def _flush(self) -> None:
         delay = 0.0
         while self._queue:
-            batch, self._queue = self._queue, []
+            batch = [each for each in self._queue if not each[1].cancelled()]
+            self._queue = []
             wait = 0.1  # what Redis refuses for now, as it is full, must not hold up the rest
             try:
-                replies = await self._exchange([command for command, _ in batch])
+                replies = await self._exchange([command for command, _ in batch], 3 + 10 * delay)
             except Exception as error:
                 replies, wait = [error] * len(batch), min(1.0, 2 * delay or 0.05)
             again = []
             for (command, future), reply in zip(batch, replies, strict=True):
                 if future.cancelled():
-                    continue  # nobody waits for it, so it is not sent again
+                    continue  # nobody waits for it
                 if not isinstance(reply, Exception):
                     future.set_result(reply)
                 elif transient(reply):
@@ -1164,18 +1171,20 @@ class Link:
                 delay, self.back_since = 0.0, time.monotonic()
         self._flushing = None
 
-    async def _exchange(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+    async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
         """The replies, a refused command's error among them. Packed and sent in one go, which
         costs a worker a sixth less than a pipeline of redis-py."""
         loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
         packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
         replies: list[Any] = []
         try:
-            async with asyncio.timeout(3 + len(packed) / 1_000_000):
+            async with asyncio.timeout(patience + len(packed) / 1_000_000):
                 await self._connection.send_packed_command(packed)
                 while len(replies) < len(loads) + len(commands):
                     try:
                         replies.append(await self._connection.read_response())
+                    except exceptions.ReadOnlyError:
+                        raise  # for a new connection may lead to the new master
                     except exceptions.ResponseError as refusal:
                         replies.append(refusal)
         except BaseException:
@@ -1329,15 +1338,14 @@ class RedisRun(Run):
                 found += [run for id in ids if (run := await self.executor.find(id))]
         return found
 
-    async def cancel(self) -> None:
+    async def cancel(self, why: str = "by request") -> None:
         """End the run and its children for good, their nodes within about a second. Should this
         process die meanwhile, say it again: the children are looked for each time. RunError if the
         run is completed or cancelled already."""
-        why = "with its parent" if self.origin.parent else "by request"
         found = await self.change(END, **self.ending(CANCELLED, why))
         for child in await self.children():  # no more can come: START asks for the parent's status
             with suppress(RunError):  # it has ended before
-                await child.cancel()
+                await child.cancel("with its parent")
         if found not in (RUNNING, FAILED):
             raise RunError(f"run {self.id} is {found} already")
 
@@ -1355,10 +1363,10 @@ class RedisRun(Run):
             jobs = [*self.active().values()]
             for child in await self.children():
                 if child.origin.parent in jobs and child.phase == FAILED:
-                    await child.resume()
-            a: dict[str, Any] = {"seen": self.version, "jobs": jobs}
+                    with suppress(RunError):  # somebody else has resumed it
+                        await child.resume()
+            a: dict[str, Any] = {"seen": self.fields["state"], "jobs": jobs}
             a["state"] = encode(self.state._replace(steps=0)._asdict())
-            a["forget"] = ["error", *(name for name in self.fields if name.startswith("crashes "))]
             event = self.event("resumed")
             resumed = await self.change(RESUME, values=ctx.changes, event=event, **a)
 
@@ -1367,7 +1375,8 @@ class RedisRun(Run):
         if the answer is not JSON."""
         await self.read()
         job = f"{self.id}/{node}/{self.state.tokens.get(node)}"
-        told, event = to_json([COMPLETED, value], "the answer"), self.event("answered", node=node)
+        told = f'["{COMPLETED}",{to_json(value, "the answer")}]'
+        event = self.event("answered", node=node)
         if not await self.change(ANSWER, job=job, told=told, event=event):
             raise RunError(f'run {self.id}: the node "{node}" does not wait for an answer')
 
@@ -1552,7 +1561,7 @@ class Worker:
         if self._suspect not in ("", job):
             await self._give_back(job)
             return None
-        while self._suspect == job and len(self.held) > 1:
+        while self._suspect == job and len(self.held) + self._asked > 1:
             await asyncio.sleep(0.05)
         return claimed if self.held.get(job) is held else None
 

@@ -1628,6 +1628,18 @@ async def test_an_answer_that_is_not_json_leaves_the_question(executor: Any) -> 
 
 
 @own_executors
+async def test_an_answer_may_be_as_large_as_any_value(executor: Any) -> None:
+    run = await flow(APPROVAL, w=WAIT).run({}, executor)
+    await question_of(run)
+
+    with pytest.raises(ValueError, match="the answer has"):
+        await run.answer("w", "x" * (agentflow.MAX_VALUE - 1))
+    await run.answer("w", "x" * (agentflow.MAX_VALUE - 2))
+
+    assert (await end_of(run)).done == activations("a w:approve b")
+
+
+@own_executors
 async def test_a_question_and_an_error_may_hold_what_is_not_unicode(executor: Any) -> None:
     asking = flow(APPROVAL, w=WAIT | {"question": "Is {{x}} good?", "inputs": {"x": "x"}})
     run = await asking.run({"x": "\ud83d"}, executor)
@@ -2202,6 +2214,30 @@ async def test_a_node_without_retries_is_not_started_again_when_its_worker_dies(
     assert len(gate.begun("a")) == 1
 
 
+async def test_nor_is_it_by_a_resume_of_a_run_that_had_failed_before(
+    space: Space, gate: Gate
+) -> None:
+    once = gate.data | {"config": {"retries": 0}}
+    both = flow("a b -> c", a=once, b=gate.broken)
+    worker = space.process()
+    run = await both.run({}, space.executor)
+    await gate.reached("a")
+    await wait_until(lambda: is_status(run, FAILED))
+
+    worker.kill()
+    reaper = space.worker(lease=0.3)
+    await wait_until(lambda: reaper.counts["reaped"] == 1)
+    gate.mend()
+    await run.resume()
+    end = await end_of(run)
+
+    assert end.error == 'node "a": 1 workers died or erred with it; see their logs'
+    assert len(gate.begun("a")) == 1
+    await run.resume()  # who does that again, has been told
+    gate.open("a")
+    assert (await end_of(run)).status == COMPLETED
+
+
 async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space) -> None:
     good = flow("a b -> c -> d; d -more-> a; d -done-> e", d={"actions": ["more", "done"]})
     bad = await flow("a -> b", b={"type": "poison"}).run({}, space.executor)
@@ -2278,6 +2314,24 @@ async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate)
     assert worker.held.keys() == {job} and not gate.begun("c")
     gate.open("b", "c")
     assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 3
+
+
+async def test_a_job_that_has_crashed_twice_waits_for_what_may_yet_come(space: Space) -> None:
+    run = await flow("a").run({}, space.executor)
+    [job] = space.lists()
+    space.redis.hset(run.keys[0], f"crashes {job}", 2)
+    worker = Worker(space.url, space.namespace)
+    worker.held[job], worker._asked = agentflow.Held(), 1  # a BLMOVE is under way
+
+    claim = asyncio.create_task(worker._claim(job, worker.held[job]))
+    await wait_until(lambda: worker._suspect == job)
+    early, _ = await asyncio.wait([claim], timeout=0.2)
+    worker._asked = 0
+
+    assert not early and await claim
+    await worker.executor.link.close()
+    space.worker()
+    assert (await end_of(run)).status == COMPLETED
 
 
 async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(
@@ -2567,6 +2621,52 @@ async def test_what_redis_refuses_for_now_holds_up_nothing_else(tmp_path: Path) 
     server.kill()
 
 
+async def test_what_nobody_waits_for_any_more_is_not_sent_again(tmp_path: Path) -> None:
+    server = Server(tmp_path, "--maxmemory", "1")
+    server.start()
+    link = agentflow.Link(server.url)
+
+    refused = link.send("SET", "a", "1")
+    await link.send("GET", "a")  # in the same batch
+    refused.cancel()
+    server.client.config_set("maxmemory", 0)
+
+    assert [await link.send("GET", "a") for _ in range(3)] == [None] * 3
+    await link.close()
+    server.kill()
+
+
+async def test_a_reply_that_takes_long_is_waited_for_longer(
+    space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeout = asyncio.timeout
+    monkeypatch.setattr(asyncio, "timeout", lambda seconds: timeout(seconds / 20))
+    link = agentflow.Link(space.url)
+
+    slow = link.send("BLPOP", space.key("none"), 0.3)  # 20 times as slow would be a large context
+
+    assert await asyncio.wait_for(slow, 10) is None
+    await link.close()
+
+
+async def test_what_a_demoted_master_refuses_is_asked_of_the_new_one(tmp_path: Path) -> None:
+    old, new = Server(tmp_path / "old"), Server(tmp_path / "new")
+    old.start(), new.start()
+    name = faults.Proxy(old.port, Counter())  # which leads to the master, as a DNS name does
+    listening = await asyncio.start_server(name.serve, "127.0.0.1", 0)
+    link = agentflow.Link(f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+    assert await link.send("SET", "a", "1") == "OK"
+
+    name.port = new.port
+    old.client.execute_command("REPLICAOF", "127.0.0.1", new.port)
+
+    assert await asyncio.wait_for(link.send("SET", "b", "2"), 10) == "OK"
+    assert new.client.get("b") == "2"
+    await link.close()
+    listening.close()
+    old.kill(), new.kill()
+
+
 async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
     space.redis.execute_command("ACL SETUSER few on >secret ~* +@all -script")
     link = agentflow.Link(space.url.replace("//", "//few:secret@"))
@@ -2806,6 +2906,28 @@ async def test_cancelling_ends_the_model_calls_of_all_descendants_within_a_secon
     assert len(space.runs()) == 7 and len(model.asked) == 3
 
 
+async def test_a_cancel_reaches_what_a_child_that_has_ended_has_left_running(
+    space: Space, gate: Gate
+) -> None:
+    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "slow"}
+    deep = Registry(
+        {
+            "top": graph("s -> z", s=SUB | {"workflowId": "middle"}, z=gate.data),
+            "middle": graph("m -error-> o", m=MAP | {"inputs": {"list": "items"}}),
+            "child": graph("w -bad-> x; w -slow-> y", w=by_item, x=gate.broken, y=gate.data),
+        }
+    )
+    space.worker()
+    run = await deep["top"].run({"items": ["bad", "slow"]}, space.executor)
+    await gate.reached("z"), await gate.reached("y")
+
+    await run.cancel()
+
+    runs = [name for name in space.names() if re.fullmatch(r".*:run:\w+", name)]
+    phases = sorted(space.redis.hget(name, "status") for name in runs)
+    assert phases == [CANCELLED] * 3 + [COMPLETED]
+
+
 async def test_a_cancelled_run_cannot_be_steered(space: Space) -> None:
     run = await flow("a -> b").run({}, space.executor)
     await run.cancel()
@@ -2970,14 +3092,50 @@ async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
     assert len(gate.begun("x")) == 1
 
 
+async def test_a_resume_of_a_child_that_fails_again_at_once_ends(
+    space: Space, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = family("s", s=SUB, c_x=gate.data | gate.broken | {"holds": 0})
+    space.worker()
+    run = await parent.run({}, space.executor)
+    await end_of(run)
+    [child] = await run.children()
+    change = RedisRun.change
+
+    async def late(run: RedisRun, *args: Any, **more: Any) -> Any:
+        if args[0] is RESUME and run.id != child.id:
+            await wait_until(lambda: is_status(child, FAILED))
+        return await change(run, *args, **more)
+
+    monkeypatch.setattr(RedisRun, "change", late)
+    await asyncio.wait_for(run.resume(), 10)
+
+    assert (await end_of(run)).status == FAILED and len(gate.begun("x")) == 2
+
+
+async def test_a_resume_asks_again_what_was_answered_so_that_the_node_failed(space: Space) -> None:
+    asking = flow(APPROVAL, w={"type": "wait", "question": "Good?"})
+    space.worker()
+    run = await asking.run({}, space.executor)
+    await question_of(run)
+    await run.answer("w", "aprove")
+    failed = await end_of(run)
+
+    await run.resume()
+    await question_of(run, 2)
+    await run.answer("w", "approve")
+
+    assert failed.status == FAILED and (await end_of(run)).status == COMPLETED
+
+
 async def test_a_resume_that_is_sent_again_resumes_once(space: Space, gate: Gate) -> None:
     space.worker()
     run = await flow("a", a=gate.broken).run({}, space.executor)
     await end_of(run)
     await run.read()
     jobs, event = [*run.active().values()], run.event("resumed")
-    resume = {"version": new_id(), "seen": run.version, "state": run.fields["state"]}
-    resume |= {"jobs": jobs, "forget": ["error"], "event": event}
+    resume = {"version": new_id(), "seen": run.fields["state"], "state": run.fields["state"]}
+    resume |= {"jobs": jobs, "event": event}
 
     assert await run.change(RESUME, **resume) == 1
     failed = await end_of(run)

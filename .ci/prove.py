@@ -687,7 +687,7 @@ class GatedPipeline(redis.asyncio.client.Pipeline):
 def route(link: Any, client: GatedClient) -> None:
     """Let all that a link sends pass the gate."""
 
-    async def exchange(commands: list[tuple[Any, ...]]) -> list[Any]:
+    async def exchange(commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
         if not link._loaded:  # which is not worth a step
             for script in agentflow.SCRIPTS:
                 client.gate.redis.script_load(script.text)
