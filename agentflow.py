@@ -278,6 +278,8 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
             if prepared.children and ctx.depth >= MAX_DEPTH:
                 raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
             for child in prepared.children:
+                if child.flow not in node.runs():
+                    raise Permanent(f'it starts "{child.flow}", which its runs() does not name')
                 child.values = node.flow.registry[child.flow].new_context(child.inputs)
             return replace(prepared, question=as_unicode(prepared.question))
         result = await _attempts(node, ctx, prepared, record)
@@ -718,6 +720,8 @@ class MemoryRun(Run):
         while True:
             ctx = Context(self.values, job, visit, self.dry_run, self.depth, results)
             async with self.slots:
+                if self.phase != RUNNING:
+                    raise RunError("a failed run begins nothing more")
                 outcome = await execute(node, ctx, failure, self._record)
             if isinstance(outcome, Outcome):
                 return outcome
@@ -959,10 +963,10 @@ COMMIT = Script("""
 if call('HGET', run, 'version') ~= a.seen then
   return {call('HGETALL', run), call('HGETALL', context)}
 end
+for _, job in ipairs(a.jobs) do call('LREM', mine, 0, job) end
 for kind, count in pairs(call('EXISTS', root) == 1 and a.usage or {}) do
   call('HINCRBY', root, 'usage ' .. kind, count)
 end
-for _, job in ipairs(a.jobs) do call('LREM', mine, 0, job) end
 put_context()
 call('HSET', run, 'version', a.version, 'state', a.state)
 for _, event in ipairs(a.done) do record(event) end
@@ -997,6 +1001,7 @@ if there and (status == 'running' or status == 'failed') then
     call('HDEL', run, 'crashes ' .. a.job)
     if call('HGET', parked, a.job) ~= '' then call('HDEL', parked, a.job, a.job .. ' 0') end
   else
+    call('PERSIST', run)  -- a write that Redis allows when it is full; finish sets the TTL again
     call('HSET', run, 'steered', a.version)
   end
   if a.job and status == 'failed' then record(a.event) else finish() end

@@ -60,7 +60,7 @@ import graphs.nodes
 import prove
 from agentflow import CANCELLED, COMMIT, COMPLETED, END, EVENTS, FAILED
 from agentflow import READ, RELEASE, RESUME, RUNNING
-from agentflow import Context, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
+from agentflow import Child, Context, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
 from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, TryLater
 from agentflow import Worker, child_id, event_of, execute, failure_of, new_id, result_of
 from agentflow import to_json
@@ -249,12 +249,13 @@ class Cancelling(Node):
 
 
 class Idle(Node):
-    """Parks whenever it is asked, and for nothing unless it has a question."""
+    """Parks whenever it is asked, and for nothing unless it has a question, or a child's flow."""
 
-    fields: ClassVar[dict[str, Field]] = {"question": Field("text")}
+    fields: ClassVar[dict[str, Field]] = {"question": Field("text"), "child": Field("text")}
 
     async def prep(self, ctx: Context) -> Any:
-        return Park(question=self.data.get("question", ""))
+        children = [Child(self.data["child"], {})] if "child" in self.data else []
+        return Park(children, self.data.get("question", ""))
 
 
 class Spender(Node):
@@ -1658,6 +1659,13 @@ async def test_a_node_that_parks_for_nothing_has_failed(executor: Any) -> None:
     assert (end.status, end.error) == (FAILED, f'node "a": {said}')
 
 
+async def test_a_node_starts_no_flow_that_its_runs_does_not_name(executor: Any) -> None:
+    end = await same(executor, family("a", a={"type": "idle", "child": "child"}))
+
+    said = 'it starts "child", which its runs() does not name'
+    assert (end.status, end.error) == (FAILED, f'node "a": {said}')
+
+
 @own_executors
 async def test_a_node_parks_once_an_activation(executor: Any) -> None:
     run = await one("idle", question="Good?").run({}, executor)
@@ -2621,6 +2629,25 @@ async def test_what_redis_refuses_for_now_holds_up_nothing_else(tmp_path: Path) 
     server.kill()
 
 
+async def test_a_redis_that_is_full_still_takes_commits_and_a_cancel(tmp_path: Path) -> None:
+    server, both = Server(tmp_path), flow("a -> b")
+    server.start()
+    space = Space(server, tmp_path)
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)
+    decision = await hand.decide(hand.take("a")) | {"usage": {"total": 3}}
+    other = await both.run({}, space.executor)
+
+    server.client.config_set("maxmemory", 1)
+    committed = await asyncio.wait_for(hand.commit(decision), 5)
+    await asyncio.wait_for(other.cancel(), 5)
+
+    assert committed and (await run.status()).usage == {"total": 3}
+    assert await is_status(other, CANCELLED) and 0 < space.redis.ttl(other.keys[0]) <= 7 * 86400
+    await space.close()
+    server.kill()
+
+
 async def test_what_nobody_waits_for_any_more_is_not_sent_again(tmp_path: Path) -> None:
     server = Server(tmp_path, "--maxmemory", "1")
     server.start()
@@ -2730,7 +2757,7 @@ async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> N
 
     ttls = {key: space.redis.ttl(key) / 86400 for key in space.names() if ":run:" in key}
 
-    assert len(ttls) == 3 + 2 * 2  # the children's events are the root's
+    assert len(ttls) == 4 + 2 * 2  # only a parent has `parked`, and the events are all its own
     assert all(6 < days <= 7 for days in ttls.values()), ttls
 
 
@@ -2987,6 +3014,20 @@ async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, ga
     assert (failed.status, failed.error) == (FAILED, 'node "b": it is broken')
     assert [len(gate.begun(node)) for node in "sabc"] == [1, 1, 2, 1]
     assert end.meaning == (await in_memory(failing)).meaning
+
+
+async def test_a_failed_run_begins_nothing_more(space: Space, gate: Gate) -> None:
+    failing = flow("a b", a=gate.broken, b=gate.data | {"holds": 0})
+    local = await failing.run({}, InMemoryExecutor(concurrency=1))
+    await end_of(local)
+    await asyncio.gather(*local.tasks)
+    space.worker(concurrency=1)
+    run = await failing.run({}, space.executor)
+    await end_of(run)
+
+    await wait_until(lambda: not space.lists())
+
+    assert len(places(space)) == 2 and not gate.begun("b")
 
 
 async def test_what_follows_in_a_failed_run_waits_for_a_resume(space: Space, gate: Gate) -> None:
@@ -4242,7 +4283,7 @@ async def test_a_value_of_more_than_1_mib_is_refused_wherever_it_comes_from(
         await broken.run({"x": HUGE}, space.executor)
     with pytest.raises((RunError, ValueError), match=MIB):
         await failed.resume({"x": HUGE})
-    with pytest.raises((RunError, ValueError), match="the answer has 1,048,59"):
+    with pytest.raises((RunError, ValueError), match="the answer has 1,048,57"):
         await asks.answer("w", HUGE)
     post = await end_of(await flow("a", a=post_to(model)).run({}, space.executor))
 
