@@ -39,7 +39,7 @@ What holds, whatever is killed, whenever; each is named where it is upheld:
     I2  Each active token of a running or failed run is in exactly one place: the ready list, one
         worker's processing list, or parked.
     I3  A run that can move moves; one that cannot says why. No job is dropped in silence.
-    I4  Every executor gives the same context and commits the same (node, visit, action).
+    I4  With deterministic nodes, executors agree in the context and in each (node, visit, action).
     I5  No key outlives its TTL; a finished run leaves nothing else behind.
 
 Sections: 1 Context, 2 Node, 3 Flow and the one rule, 4 Registry, 5 In memory,
@@ -181,8 +181,8 @@ class Child:
 class Park:
     """Returned by a prep that must wait: for these children, at least one, to end, or for a person
     to answer this question. Other jobs run meanwhile; then prep is called again, with
-    `ctx.results`, and parks no more. If a child fails, the node fails, without another prep. After
-    a crash prep is called again without results, and must return the same Park."""
+    `ctx.results`, and parks no more. If a child fails, the node fails, without another prep; the
+    other children go on. A prep that a crash has interrupted must return the same Park again."""
 
     children: list[Child] = field(default_factory=list)
     question: str = ""
