@@ -1500,8 +1500,9 @@ class Worker:
     async def _work(self, job: str, held: Held, claimed: Claimed | None) -> None:
         """One delivery of a job; one that a commit of this worker has kept is claimed already."""
         try:
-            claimed = claimed or await self._claim(job, held)
-            if not claimed:
+            if not (claimed := claimed or await self._claim(job, held)):
+                if self.held.get(job) is held:
+                    await self._give_back(job)  # RELEASE knows where to
                 return
             try:
                 outcome = await self._execute(held, claimed)
@@ -1520,12 +1521,11 @@ class Worker:
             await self._give_back(job, crashed=True)
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
-        """Read what a job needs; None, and the job is let go, if it must not run, or not now."""
+        """Read what a job needs; None if it must not run, or not now."""
         id, name, mark = job.split("/")
         fields, context, texts = await self.send(*READ.on(self.executor.keys(job), job=job))
         if not fields:
             log.warning("run %s has expired; dropping %s", id, job)
-            await self._give_back(job)
             return None
         origin = Origin(**json.loads(pairs(fields)["origin"]))
         run = self._runs.get(id) or RedisRun(self.executor, id, origin)
@@ -1537,8 +1537,7 @@ class Worker:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(job, run, text)
             return None
-        if run.phase != RUNNING or run.state.tokens.get(name) != mark:  # see RELEASE
-            await self._give_back(job)
+        if run.phase != RUNNING or run.state.tokens.get(name) != mark:
             return None
         crashes = int(run.fields.get(f"crashes {job}", 0))
         if crashes >= (CRASHES if node.retries else 1):
@@ -1551,7 +1550,6 @@ class Worker:
         if crashes > 1 and not self._suspect:  # lest it take other jobs down with it once more
             self._suspect = job
         if self._suspect not in ("", job):
-            await self._give_back(job)
             return None
         while self._suspect == job and len(self.held) > 1:
             await asyncio.sleep(0.05)
