@@ -1097,22 +1097,18 @@ def transient(error: BaseException) -> bool:
     return isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError, OSError))
 
 
-def connect(url: str) -> redis.asyncio.Redis:
-    """A client that never sends a command again by itself: a BLMOVE whose reply was lost has moved
-    a job, and the next one would move another."""
-    never = Retry(NoBackoff(), 0)
-    return redis.asyncio.Redis.from_url(
-        url, decode_responses=True, retry=never, socket_timeout=3, socket_connect_timeout=3
-    )
-
-
 class Link:
     """Commands that are given in one pass of the event loop travel together, on a connection of
     their own. After an outage, which is logged once, they are sent again; so each must do no harm
     twice. (`client` has others, for what is asked once.)"""
 
     def __init__(self, url: str) -> None:
-        self.client = connect(url)
+        # This never sends a command again by itself: a BLMOVE whose reply was lost has moved a job,
+        # and the next one would move another.
+        never = Retry(NoBackoff(), 0)
+        self.client = redis.asyncio.Redis.from_url(
+            url, decode_responses=True, retry=never, socket_timeout=3, socket_connect_timeout=3
+        )
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
         self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange

@@ -2494,7 +2494,7 @@ async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> 
 
     async with Swallower(space.server) as swallower:
         url = space.url.replace(str(space.server.port), str(swallower.port))
-        fetch = agentflow.connect(url)
+        fetch = agentflow.Link(url).client
         with pytest.raises(exceptions.ConnectionError):
             await fetch.blmove(ready, processing, 1, "RIGHT", "LEFT")
         await fetch.aclose()
