@@ -795,8 +795,6 @@ class MemoryRun(Run):
 # when the job has something to read: all, or a failure. <job> <i>: what child i, or a person, told:
 # '["completed", result]', or another status and a text. <job> is parked: it is in no list.
 
-DAY = 24 * 3600  # seconds
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -1734,4 +1732,4 @@ class Worker:
                     moved += await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
                 self.counts["reaped"] += moved
                 log.warning("worker %s is dead; gave back %d jobs", worker, moved)
-        await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - DAY)
+        await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - 24 * 3600)

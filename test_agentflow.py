@@ -2474,7 +2474,8 @@ async def test_a_job_whose_delivery_was_lost_is_found_by_its_workers_audit(
 
 async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(space: Space) -> None:
     dead, forgotten = "host-1-abcdef", "host-2-abcdef"
-    seen = {dead: time.time() - agentflow.DAY + 100, forgotten: time.time() - agentflow.DAY - 100}
+    day_ago = time.time() - 24 * 3600
+    seen = {dead: day_ago + 100, forgotten: day_ago - 100}
     space.redis.zadd(space.key("workers"), seen)
     worker = space.worker(lease=0.3)
     await wait_until(lambda: not space.redis.zscore(space.key("workers"), forgotten))
