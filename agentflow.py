@@ -816,8 +816,8 @@ class Origin:
 # in `a`: only Python makes one.
 RUN, PARKED, EVENTS = 0, 2, 6  # where in a run's keys these are
 SHARED = """
-local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked =
-  unpack(KEYS)
+local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked,
+  runs, copy = unpack(KEYS)
 local call, a = redis.call, cjson.decode(ARGV[1])
 
 local function push(list, jobs)
@@ -895,7 +895,7 @@ class Script:
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active,
 # and has not been told of it (I1). How many children a job has, is settled by the first one.
-#   KEYS  .. parents_parked, runs
+#   KEYS  .. runs
 #   a     run version origin state jobs event parent, text or index count
 START = Script("""
 if call('EXISTS', run) == 1 then return end
@@ -913,8 +913,8 @@ push(ready, a.jobs)
 record(a.event)
 if a.parent == '' then
   call('SET', graph, a.text)
-  call('ZADD', KEYS[12], now, a.run)
-  call('ZREMRANGEBYSCORE', KEYS[12], '-inf', now - 30 * 86400)
+  call('ZADD', runs, now, a.run)
+  call('ZREMRANGEBYSCORE', runs, '-inf', now - 30 * 86400)
 end
 expire(30)
 """)
@@ -951,7 +951,7 @@ return {call('HGETALL', run), call('HGETALL', context), told}
 # A run has a new version with each change of its status or state, and when a job of it is parked or
 # told; drawn at random, for a Redis that lost its last second would give a number a second time. A
 # failed run keeps what its other nodes still finish; what comes next is parked until a resume.
-#   KEYS  .. parents_parked, copy
+#   KEYS  .. copy
 #   a     seen version jobs state usage done keep queue, status error event parent index told
 #   gives nothing, or the fields and the context that stand there instead
 COMMIT = Script("""
@@ -971,8 +971,8 @@ if a.status then
   call('DEL', parked)
   finish()
   if run == root then  -- a stream has a block of 4 KiB; a copy has no more than it needs
-    call('COPY', events, KEYS[12], 'REPLACE')
-    call('RENAME', KEYS[12], events)
+    call('COPY', events, copy, 'REPLACE')
+    call('RENAME', copy, events)
   end
 else
   expire(30)
@@ -1237,18 +1237,16 @@ class RedisRun(Run):
         key, parent = executor.key, origin.parent.partition("/")[0] or id
         root, parent = key("run", origin.root), key("run", parent)
         self.keys = [*executor.keys(id), f"{root}:events", root, key("graph", origin.graph)]
-        self.keys += [parent, f"{parent}:parked"]
+        self.keys += [parent, f"{parent}:parked", key("runs"), f"{root}:events:copy"]
         self.turn = asyncio.Lock()  # of a worker's commits
         self.fields, self.context = dict[str, str](), dict[str, str]()
         self.version, self.phase, self.state = "", "", State({}, {})
 
-    def change(
-        self, script: Script, *keys: str, values: Mapping[str, str] = {}, **a: Any
-    ) -> asyncio.Future[Any]:
+    def change(self, script: Script, values: dict[str, str] = {}, **a: Any) -> asyncio.Future[Any]:
         """Have a script change the run; where it does, the run has a new version."""
         parent, index = self.origin.parent, self.origin.index
         a = {"run": self.id, "version": new_id(), "parent": parent, "index": index} | a
-        return self.executor.send(*script.on([*self.keys, *keys], values, **a))
+        return self.executor.send(*script.on(self.keys, values, **a))
 
     def event(self, event: str, **more: Any) -> str:
         """An event of this run, for its root's stream, in which no id means the root's own."""
@@ -1279,7 +1277,7 @@ class RedisRun(Run):
         more |= {"version": self.version, "state": encode(self.state._asdict())}
         more |= {"origin": encode(origin), "event": self.event("started")}
         more |= {"jobs": [*self.active().values()]}
-        return self.change(START, self.executor.key("runs"), values=values, **more)
+        return self.change(START, values, **more)
 
     def update(self, fields: Any, context: Any) -> None:
         """Take over what READ, or a COMMIT that came too late, has found."""
@@ -1577,7 +1575,7 @@ class Worker:
     async def _commit(self, job: str, held: Held, claimed: Claimed) -> None:
         """Record what a job came to, and with it the other held jobs of its run that have ended by
         now; decided anew whenever the run has moved. The commits of a run take turns."""
-        run, nodes, copy = claimed.run, claimed.node.flow.nodes, claimed.run.keys[EVENTS] + ":copy"
+        run, nodes = claimed.run, claimed.node.flow.nodes
         async with run.turn:
             if len(run.state.tokens) > 1:
                 await asyncio.sleep(0)  # so that what ends at the same time shares the commit
@@ -1586,7 +1584,7 @@ class Worker:
                 stands = self.stopping or self._suspect or run.phase != RUNNING
                 room = 0 if stands else max(0, self._room() + len(ended))
                 keep, queue = ready[:room], ready[room:]
-                reply = run.change(COMMIT, copy, keep=keep, queue=queue, **a)
+                reply = run.change(COMMIT, keep=keep, queue=queue, **a)
                 more = max(0, len(keep) - len(ended))  # than take over the room of what has ended
                 if found := await self._bringing(more, reply):
                     run.update(*found)

@@ -4182,7 +4182,7 @@ def test_no_script_makes_a_keys_name_or_reads_the_context_as_json() -> None:
 def test_each_scripts_header_names_its_keys_and_arguments() -> None:
     shared = agentflow.SHARED
     helpers = dict(re.findall(r"^local function (\w+)\((.*?)^end", shared, re.S | re.M))
-    names = re.findall(r"\w+", re.findall(r"local (run, .*) =\s+unpack\(KEYS\)", shared)[0])
+    names = re.findall(r"\w+", re.findall(r"local (run, [^=]*) = unpack\(KEYS\)", shared)[0])
     scripts = re.findall(r'((?:^#.*\n)+)(\w+) = Script\(\s*"""((?:.*\n)*?)"""', SOURCE, re.M)
 
     for header, name, text in scripts:
