@@ -247,9 +247,12 @@ class Node:
         """Its inputs by name: of each the first path that has a value; absent where none has."""
         found: dict[str, Any] = {}
         for name, paths in self.inputs.items():
-            for path in reversed(paths):  # the first one that has a value stays
-                with suppress(KeyError):
+            for path in paths:
+                try:
                     found[name] = ctx[path]
+                    break
+                except KeyError:
+                    continue
         return found
 
 
