@@ -908,13 +908,12 @@ if a.parent ~= '' then
   if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return end
   call('HINCRBY', parents_parked, a.parent .. ' missing', -1)
 end
-local now = call('TIME')[1]
-call('HSET', run, 'status', 'running', 'version', a.version, 'state', a.state,
-     'origin', a.origin, 'created', now)
+call('HSET', run, 'status', 'running', 'version', a.version, 'state', a.state, 'origin', a.origin)
 put_context()
 push(ready, a.jobs)
 record(a.event)
 if a.parent == '' then
+  local now = call('TIME')[1]
   call('SET', graph, a.text)
   call('ZADD', runs, now, a.run)
   call('ZREMRANGEBYSCORE', runs, '-inf', now - 30 * 86400)

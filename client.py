@@ -239,7 +239,8 @@ async def overview(args: argparse.Namespace) -> None:
     newest = ("ZRANGE", executor.key("runs"), 0, 19, "REV")
     for id in await executor.send(*newest) if args.runs else ():
         if run := await executor.find(id):
-            age, nodes = time.time() - int(run.fields["created"]), ", ".join(run.state.tokens)
+            started = await executor.send("ZSCORE", executor.key("runs"), id)
+            age, nodes = time.time() - float(started or 0), ", ".join(run.state.tokens)
             about = f"{run.origin.flow:<20} {run.phase:<10} {age:>7.0f} s  {nodes}"
             say(f"{id}  {about}", sys.stdout)
 
