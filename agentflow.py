@@ -1726,10 +1726,9 @@ class Worker:
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
             if listed and not await self.send("EXISTS", self.key("worker", worker)):
-                moved = 0
+                log.warning("worker %s is dead; giving back %d jobs", worker, len(listed))
                 for job in listed:
                     keys = self.executor.keys(job, worker)
-                    moved += await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
-                self.counts["reaped"] += moved
-                log.warning("worker %s is dead; gave back %d jobs", worker, moved)
+                    moved = await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
+                    self.counts["reaped"] += moved
         await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - 24 * 3600)
