@@ -784,8 +784,7 @@ class MemoryRun(Run):
 #   run:<id>:events       stream      what happened to a root run and its children, capped
 #   graph:<sha256>        string      the graph that a run was started with, and its sub-flows
 #
-# LPUSH puts into a list on the left. BLMOVE waits for a job on the right of `ready` and moves it
-# into another list, in one step: so no worker's death can lose a job (I2).
+# BLMOVE waits for a job and moves it, in one step: so no worker's death can lose a job (I2).
 #
 #   ready --BLMOVE, TAKE--> processing:<worker> --READ--> prep, exec, post --COMMIT--> gone
 #     '<------RELEASE------------'
@@ -813,10 +812,9 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS begin in this order (`.. mine`: that is the last one that is needed), but
-# for TAKE and BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and
-# values follow as they are, because Lua would make {} of [] and round integers. A state is a text
-# in `a`: only Python makes one.
+# What scripts share. KEYS are in this order (`.. mine`: up to that), but for TAKE and BEAT, which
+# are about no run. Arguments are one JSON object, `a`; context keys and values follow as they are,
+# as Lua would make {} of [] and round integers. A state is a text in `a`: only Python makes it.
 RUN, PARKED, EVENTS = 0, 2, 6  # where in a run's keys these are
 SHARED = """
 local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked,
