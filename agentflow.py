@@ -1423,7 +1423,7 @@ class Worker:
         tick = asyncio.create_task(self._tick())
         while not self.stopping:
             self._freed.clear()
-            if self._room() > 0:
+            if self._room():
                 await self._take()
             else:
                 await self._freed.wait()
@@ -1449,8 +1449,9 @@ class Worker:
     # or given back. Then this worker forgets it, and Redis ends its custody: in this order, for it
     # may come back at once, unless it is committed.
 
-    def _room(self) -> int:
-        return 0 if self._suspect else self.concurrency - len(self.held) - self._asked
+    def _room(self, ended: int = 0) -> int:  # when so many of the jobs held have ended
+        free = self.concurrency - len(self.held) - self._asked + ended
+        return 0 if self.stopping or self._suspect else max(0, free)
 
     async def _take(self) -> None:
         """Take as many jobs as there is room for; return after a second without one."""
@@ -1460,7 +1461,7 @@ class Worker:
             if first := await self._bringing(1, move):
                 await self._receive([first])
                 await asyncio.sleep(0)  # lets READ be sent first, in one batch with TAKE
-                if (room := self._room()) > 0 and not self.stopping:
+                if room := self._room():
                     more = asyncio.wait_for(self.send(*TAKE.on([*ends], room=room)), 3)
                     await self._receive(await self._bringing(room, more))
         except Exception as error:  # what was moved without our hearing of it, the audit finds
@@ -1581,8 +1582,7 @@ class Worker:
                 await asyncio.sleep(0)  # so that what ends at the same time shares the commit
             while self.held.get(job) is held and (decision := self._decide(job, claimed)):
                 ended, state, ready, a = decision
-                stands = self.stopping or self._suspect or run.phase != RUNNING
-                room = 0 if stands else max(0, self._room() + len(ended))
+                room = self._room(len(ended)) if run.phase == RUNNING else 0
                 keep, queue = ready[:room], ready[room:]
                 reply = run.change(COMMIT, keep=keep, queue=queue, **a)
                 more = max(0, len(keep) - len(ended))  # than take over the room of what has ended
