@@ -1677,16 +1677,12 @@ class Worker:
                 jobs = ", ".join(self.held)
                 log.warning("a node blocked the event loop for %.1f s, one of: %s", late, jobs)
             try:
-                await self._look_after()
+                await self._beat()
+                await self._audit()
+                await self._watch()
+                await self._reap()
             except Exception as error:  # the next beat is to come all the same
                 log.error("Redis refused a command, which a permission may lack: %s", error)
-
-    async def _look_after(self) -> None:
-        await self._beat()
-        await self._audit()
-        await self._watch()
-        if time.monotonic() - self.executor.link.back_since > self.lease:  # all may beat again
-            await self._reap()
 
     async def _beat(self) -> None:
         now = time.monotonic()
@@ -1719,6 +1715,8 @@ class Worker:
     async def _reap(self) -> None:
         """Give back what dead workers had taken (I3). A worker is remembered for a day: what it had
         asked for may still come into its list."""
+        if time.monotonic() - self.executor.link.back_since < self.lease:
+            return  # after an outage all may beat again first
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
         workers = [id for id in await self.send("ZRANGE", crew, 0, -1) if id != self.id]
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]

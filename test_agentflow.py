@@ -2537,10 +2537,10 @@ async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
     await worker._beat()
 
     worker.executor.link.back_since = time.monotonic()
-    await worker._look_after()
+    await worker._reap()
     early = space.redis.lrange(other.processing, 0, -1), worker.counts["reaped"]
     worker.executor.link.back_since -= 61
-    await worker._look_after()
+    await worker._reap()
 
     assert early == ([job], 0)
     assert worker.counts["reaped"] == 1 and space.lists() == [job]
@@ -2584,6 +2584,7 @@ async def test_a_worker_does_not_reap_itself(space: Space) -> None:
     space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
 
     space.expire()
+    worker.executor.link.back_since -= 61
     await worker._reap()
 
     assert len(space.redis.lrange(worker.processing, 0, -1)) == 1 and not worker.counts["reaped"]
