@@ -1530,7 +1530,8 @@ class Worker:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(job, run, text)
             return None
-        if run.phase != RUNNING or run.state.tokens.get(name) != mark:
+        active = run.phase == RUNNING and run.state.tokens.get(name) == mark
+        if not active or self.held.get(job) is not held:  # or somebody else has it by now
             return None
         crashes = int(run.fields.get(f"crashes {job}", 0))
         if crashes >= (CRASHES if node.retries else 1):
@@ -1538,8 +1539,6 @@ class Worker:
             await self._fail(job, run, text)
             return None
         claimed = self._claimed(job, run, node, [json.loads(text) for text in texts])
-        if self.held.get(job) is not held:
-            return None  # somebody else has it by now
         if crashes > 1 and not self._suspect:  # lest it take other jobs down with it once more
             self._suspect = job
         if self._suspect not in ("", job):
