@@ -104,8 +104,7 @@ class TryLater(Exception):
 
 
 # ── 1. Context ───────────────────────────────────────────────────────────────────────────────
-# A run's data. Values are kept as JSON text everywhere, so that both executors are equally strict
-# and nobody shares an object.
+# A run's data, as JSON text everywhere: so both executors are equally strict, and share no object.
 
 encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -629,8 +628,7 @@ class Executor(Protocol):
 
 
 def new_id() -> str:
-    """A random id: of a run, or of a version of it. A version's id is also the mark of the tokens
-    that it makes active."""
+    """A random id: of a run, or of a version of it, and so of the tokens that this makes active."""
     return secrets.token_hex(8)
 
 
@@ -933,8 +931,7 @@ end
 return jobs
 """)
 
-# READ gives a run as it is at one instant: its fields, its context, and what one of its jobs, if
-# one is named, was told.
+# READ gives a run as it is at one instant: fields, context, and what one job, if named, was told.
 #   KEYS  .. parked
 #   a     job
 READ = Script("""
@@ -1035,8 +1032,7 @@ redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
 # RESUME lets a failed run go on, if its version is still the one that was read: its parked jobs are
-# queued, its crashes forgotten. A child takes back what it told its parent, which then waits for it
-# again.
+# queued, its crashes forgotten. A child takes back what it told its parent, which waits again.
 #   KEYS  .. parents_parked
 #   a     seen version state jobs forget event parent index
 #   gives 1 if it did
@@ -1044,8 +1040,7 @@ RESUME = Script("""
 if is_repeat() then return 1 end
 if call('HGET', run, 'version') ~= a.seen then return 0 end
 call('HDEL', run, unpack(a.forget))
-call('HSET', run, 'status', 'running', 'version', a.version, 'steered', a.version,
-     'state', a.state)
+call('HSET', run, 'status', 'running', 'version', a.version, 'steered', a.version, 'state', a.state)
 put_context()
 if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) == 1 then
   local count = call('HGET', parents_parked, a.parent .. ' count')
