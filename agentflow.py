@@ -1351,8 +1351,7 @@ class RedisRun(Run):
             resumed = await self.change(RESUME, values=ctx.changes, event=event, **a)
 
     async def answer(self, node: str, value: Any) -> None:
-        """Answer what a node asks. The first answer wins. RunError if it asks nothing, ValueError
-        if the answer is not JSON."""
+        """Answer what a node asks, as a MemoryRun does."""
         await self.read()
         job = f"{self.id}/{node}/{self.state.tokens.get(node)}"
         told, event = to_json([COMPLETED, value], "the answer"), self.event("answered", node=node)
