@@ -104,8 +104,7 @@ class TryLater(Exception):
 
 
 # ── 1. Context ───────────────────────────────────────────────────────────────────────────────
-# A run's data. Values are kept as JSON text everywhere, so that both executors are equally strict
-# and nobody shares an object.
+# A run's data, as JSON text everywhere: so both executors are equally strict, and share no object.
 
 encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -247,9 +246,12 @@ class Node:
         """Its inputs by name: of each the first path that has a value; absent where none has."""
         found: dict[str, Any] = {}
         for name, paths in self.inputs.items():
-            for path in reversed(paths):  # the first one that has a value stays
-                with suppress(KeyError):
+            for path in paths:
+                try:
                     found[name] = ctx[path]
+                    break
+                except KeyError:
+                    continue
         return found
 
 
@@ -799,8 +801,6 @@ class MemoryRun(Run):
 # has all, or a failure, to read; "<job> <i>" what child i, or a person, told: '["completed",
 # result]', or another status and a text; and "<job> is parked" as long as no list has the job.
 
-DAY = 24 * 3600  # seconds
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -816,14 +816,14 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS begin in this order (`.. parked`: up to that one, at least), but
-# for TAKE and BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and
-# values follow as they are, because Lua would make {} of [] and round integers. A state is a text
-# in `a`: only Python makes one.
+# What scripts share. KEYS are in this order, at least up to the one named (`.. parked`), but for
+# TAKE and BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and values
+# follow as they are, as Lua would make {} of [] and round integers. A state is a text in `a`: only
+# Python makes one.
 RUN, PARKED, EVENTS = 0, 2, 6  # where in a run's keys these are
 SHARED = """
-local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked =
-  unpack(KEYS)
+local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked,
+  runs, copy = unpack(KEYS)
 local call, a = redis.call, cjson.decode(ARGV[1])
 
 local function push(list, jobs)
@@ -901,7 +901,7 @@ class Script:
 
 # START makes a run and queues its start nodes: once; a child only while its parent's job is active,
 # and has not been told of it (I1). The first START settles how many children its job has.
-#   KEYS  .. parents_parked, runs
+#   KEYS  .. runs
 #   a     run version origin state jobs event parent, text or index count
 START = Script("""
 if call('EXISTS', run) == 1 then return end
@@ -918,8 +918,8 @@ record(a.event)
 if a.parent == '' then
   local now = call('TIME')[1]
   call('SET', graph, a.text)
-  call('ZADD', KEYS[12], now, a.run)
-  call('ZREMRANGEBYSCORE', KEYS[12], '-inf', now - 30 * 86400)
+  call('ZADD', runs, now, a.run)
+  call('ZREMRANGEBYSCORE', runs, '-inf', now - 30 * 86400)
 end
 expire(30)
 """)
@@ -938,8 +938,7 @@ end
 return jobs
 """)
 
-# READ gives a run as it is at one instant: its fields, its context, and what one of its jobs, if
-# one is named, was told.
+# READ gives a run as it is at one instant: fields, context, and what one job, if named, was told.
 #   KEYS  .. parked
 #   a     job
 READ = Script("""
@@ -956,7 +955,7 @@ return {call('HGETALL', run), call('HGETALL', context), told}
 # changed and, deciding anew, its token gone. The version changes with the status or state, and when
 # a job is parked or told; it is random, for a Redis that lost a second would give numbers twice. A
 # failed run keeps what its other nodes still finish; what comes next is parked until a resume.
-#   KEYS  .. parents_parked, copy
+#   KEYS  .. copy
 #   a     seen version jobs state usage done keep queue, status error event parent index told
 #   gives nothing, or the fields and the context that stand there instead
 COMMIT = Script("""
@@ -975,8 +974,8 @@ if call('HGET', run, 'status') == 'running' then push(ready, a.queue) else park(
 if a.status then
   finish()
   if run == root then  -- a stream has a block of 4 KiB; a copy has no more than it needs
-    call('COPY', events, KEYS[12], 'REPLACE')
-    call('RENAME', KEYS[12], events)
+    call('COPY', events, copy, 'REPLACE')
+    call('RENAME', copy, events)
   end
 else
   expire(30)
@@ -1056,8 +1055,7 @@ if is_repeat() then return 1 end
 local found = call('HMGET', run, 'status', 'state')
 if found[1] ~= 'failed' or found[2] ~= a.seen then return 0 end
 call('HDEL', run, 'error')
-call('HSET', run, 'status', 'running', 'version', a.version, 'steered', a.version,
-     'state', a.state)
+call('HSET', run, 'status', 'running', 'version', a.version, 'steered', a.version, 'state', a.state)
 put_context()
 if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) == 1 then
   local count = call('HGET', parents_parked, a.parent .. ' count')
@@ -1107,22 +1105,18 @@ def transient(error: BaseException) -> bool:
     return isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError, OSError))
 
 
-def connect(url: str) -> redis.asyncio.Redis:
-    """A client that never sends a command again by itself: a BLMOVE whose reply was lost has moved
-    a job, and the next one would move another."""
-    never = Retry(NoBackoff(), 0)
-    return redis.asyncio.Redis.from_url(
-        url, decode_responses=True, retry=never, socket_timeout=3, socket_connect_timeout=3
-    )
-
-
 class Link:
     """Commands that are given in one pass of the event loop travel together, on a connection of
     their own. After an outage, which is logged once, they are sent again; so each must do no harm
     twice. (What must not be sent again goes by `client`, which has other connections.)"""
 
     def __init__(self, url: str) -> None:
-        self.client = connect(url)
+        # This never sends a command again by itself: a BLMOVE whose reply was lost has moved a job,
+        # and the next one would move another.
+        never = Retry(NoBackoff(), 0)
+        self.client = redis.asyncio.Redis.from_url(
+            url, decode_responses=True, retry=never, socket_timeout=3, socket_connect_timeout=3
+        )
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
         self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange
@@ -1256,18 +1250,16 @@ class RedisRun(Run):
         key, parent = executor.key, origin.parent.partition("/")[0] or id
         root, parent = key("run", origin.root), key("run", parent)
         self.keys = [*executor.keys(id), f"{root}:events", root, key("graph", origin.graph)]
-        self.keys += [parent, f"{parent}:parked"]
+        self.keys += [parent, f"{parent}:parked", key("runs"), f"{root}:events:copy"]
         self.turn = asyncio.Lock()  # of a worker's commits
         self.fields, self.context = dict[str, str](), dict[str, str]()
         self.version, self.phase, self.state = "", "", State({}, {})
 
-    def change(
-        self, script: Script, *keys: str, values: Mapping[str, str] = {}, **a: Any
-    ) -> asyncio.Future[Any]:
+    def change(self, script: Script, values: dict[str, str] = {}, **a: Any) -> asyncio.Future[Any]:
         """Have a script change the run; where it does, the run has a new version."""
         parent, index = self.origin.parent, self.origin.index
         a = {"run": self.id, "version": new_id(), "parent": parent, "index": index} | a
-        return self.executor.send(*script.on([*self.keys, *keys], values, **a))
+        return self.executor.send(*script.on(self.keys, values, **a))
 
     def event(self, event: str, **more: Any) -> str:
         """An event of this run, for its root's stream, in which no id means the root's own."""
@@ -1298,7 +1290,7 @@ class RedisRun(Run):
         more |= {"version": self.version, "state": encode(self.state._asdict())}
         more |= {"origin": encode(origin), "event": self.event("started")}
         more |= {"jobs": [*self.active().values()]}
-        return self.change(START, self.executor.key("runs"), values=values, **more)
+        return self.change(START, values, **more)
 
     def update(self, fields: Any, context: Any) -> None:
         """Take over what READ, or a COMMIT that came too late, has found."""
@@ -1376,8 +1368,7 @@ class RedisRun(Run):
             resumed = await self.change(RESUME, values=ctx.changes, event=event, **a)
 
     async def answer(self, node: str, value: Any) -> None:
-        """Answer what a node asks. The first answer wins. RunError if it asks nothing, ValueError
-        if the answer is not JSON."""
+        """Answer what a node asks, as a MemoryRun does."""
         await self.read()
         job = f"{self.id}/{node}/{self.state.tokens.get(node)}"
         told = f'["{COMPLETED}",{to_json(value, "the answer")}]'
@@ -1444,7 +1435,7 @@ class Worker:
         tick = asyncio.create_task(self._tick())
         while not self.stopping:
             self._freed.clear()
-            if self._room() > 0:
+            if self._room():
                 await self._take()
             else:
                 await self._freed.wait()
@@ -1470,8 +1461,9 @@ class Worker:
     # or given back. This worker forgets it before Redis ends its custody, for it may come back at
     # once; only a committed job cannot, and is forgotten after.
 
-    def _room(self) -> int:
-        return 0 if self._suspect else self.concurrency - len(self.held) - self._asked
+    def _room(self, ended: int = 0) -> int:  # when so many of the jobs held have ended
+        free = self.concurrency - len(self.held) - self._asked + ended
+        return 0 if self.stopping or self._suspect else max(0, free)
 
     async def _take(self) -> None:
         """Take as many jobs as there is room for; return after a second without one."""
@@ -1481,7 +1473,7 @@ class Worker:
             if first := await self._bringing(1, move):
                 await self._receive([first])
                 await asyncio.sleep(0)  # lets READ be sent first, in one batch with TAKE
-                if (room := self._room()) > 0 and not self.stopping:
+                if room := self._room():
                     more = asyncio.wait_for(self.send(*TAKE.on([*ends], room=room)), 3)
                     await self._receive(await self._bringing(room, more))
         except Exception as error:  # what was moved without our hearing of it, the audit finds
@@ -1513,8 +1505,9 @@ class Worker:
     async def _work(self, job: str, held: Held, claimed: Claimed | None) -> None:
         """One delivery of a job; one that a commit of this worker has kept is claimed already."""
         try:
-            claimed = claimed or await self._claim(job, held)
-            if not claimed:
+            if not (claimed := claimed or await self._claim(job, held)):
+                if self.held.get(job) is held:
+                    await self._give_back(job)  # RELEASE knows where to
                 return
             try:
                 outcome = await self._execute(held, claimed)
@@ -1533,12 +1526,11 @@ class Worker:
             await self._give_back(job, crashed=True)
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
-        """Read what a job needs; None, and the job is let go, if it must not run, or not now."""
+        """Read what a job needs; None if it must not run, or not now."""
         id, name, mark = job.split("/")
         fields, context, texts = await self.send(*READ.on(self.executor.keys(job), job=job))
         if not fields:
             log.warning("run %s has expired; dropping %s", id, job)
-            await self._give_back(job)
             return None
         origin = Origin(**json.loads(pairs(fields)["origin"]))
         run = self._runs.get(id) or RedisRun(self.executor, id, origin)
@@ -1550,8 +1542,8 @@ class Worker:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
             await self._fail(job, run, text)
             return None
-        if run.phase != RUNNING or run.state.tokens.get(name) != mark:  # see RELEASE
-            await self._give_back(job)
+        active = run.phase == RUNNING and run.state.tokens.get(name) == mark
+        if not active or self.held.get(job) is not held:  # or somebody else has it by now
             return None
         crashes = int(run.fields.get(f"crashes {job}", 0))
         if crashes >= (CRASHES if node.retries else 1):
@@ -1559,12 +1551,9 @@ class Worker:
             await self._fail(job, run, text)
             return None
         claimed = self._claimed(job, run, node, [json.loads(text) for text in texts])
-        if self.held.get(job) is not held:
-            return None  # somebody else has it by now
         if crashes > 1 and not self._suspect:  # lest it take other jobs down with it once more
             self._suspect = job
         if self._suspect not in ("", job):
-            await self._give_back(job)
             return None
         while self._suspect == job and len(self.held) + self._asked > 1:
             await asyncio.sleep(0.05)
@@ -1598,16 +1587,15 @@ class Worker:
     async def _commit(self, job: str, held: Held, claimed: Claimed) -> None:
         """Record what a job came to, and with it the other held jobs of its run that have ended by
         now; decided anew whenever the run has moved. The commits of a run take turns."""
-        run, nodes, copy = claimed.run, claimed.node.flow.nodes, claimed.run.keys[EVENTS] + ":copy"
+        run, nodes = claimed.run, claimed.node.flow.nodes
         async with run.turn:
             if len(run.state.tokens) > 1:
                 await asyncio.sleep(0)  # so that what ends at the same time shares the commit
             while self.held.get(job) is held and (decision := self._decide(job, claimed)):
                 ended, state, ready, a = decision
-                closed = self.stopping or self._suspect or run.phase != RUNNING
-                room = 0 if closed else max(0, self._room() + len(ended))
+                room = self._room(len(ended)) if run.phase == RUNNING else 0
                 keep, queue = ready[:room], ready[room:]
-                reply = run.change(COMMIT, copy, keep=keep, queue=queue, **a)
+                reply = run.change(COMMIT, keep=keep, queue=queue, **a)
                 more = max(0, len(keep) - len(ended))  # than take over the room of what has ended
                 if found := await self._bringing(more, reply):  # moved; or sent twice: see _audit
                     run.update(*found)
@@ -1700,16 +1688,12 @@ class Worker:
                 jobs = ", ".join(self.held)
                 log.warning("a node blocked the event loop for %.1f s, one of: %s", late, jobs)
             try:
-                await self._look_after()
+                await self._beat()
+                await self._audit()
+                await self._watch()
+                await self._reap()
             except Exception as error:  # the next beat is to come all the same
                 log.error("Redis refused a command, which a permission may lack: %s", error)
-
-    async def _look_after(self) -> None:
-        await self._beat()
-        await self._audit()
-        await self._watch()
-        if time.monotonic() - self.executor.link.back_since > self.lease:  # all had time to beat
-            await self._reap()
 
     async def _beat(self) -> None:
         now = time.monotonic()
@@ -1742,15 +1726,16 @@ class Worker:
     async def _reap(self) -> None:
         """Give back what dead workers had taken (I3). A worker is remembered for a day: what it had
         asked for may still come into its list."""
+        if time.monotonic() - self.executor.link.back_since < self.lease:
+            return  # after an outage all may beat again first
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
         workers = [id for id in await self.send("ZRANGE", crew, 0, -1) if id != self.id]
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
             if listed and not await self.send("EXISTS", self.key("worker", worker)):
-                moved = 0
+                log.warning("worker %s is dead; giving back %d jobs", worker, len(listed))
                 for job in listed:
                     keys = self.executor.keys(job, worker)
-                    moved += await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
-                self.counts["reaped"] += moved
-                log.warning("worker %s is dead; gave back %d jobs", worker, moved)
-        await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - DAY)
+                    moved = await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
+                    self.counts["reaped"] += moved
+        await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - 24 * 3600)

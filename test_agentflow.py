@@ -2539,7 +2539,8 @@ async def test_a_job_whose_delivery_was_lost_is_found_by_its_workers_audit(
 
 async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(space: Space) -> None:
     dead, forgotten = "host-1-abcdef", "host-2-abcdef"
-    seen = {dead: time.time() - agentflow.DAY + 100, forgotten: time.time() - agentflow.DAY - 100}
+    day_ago = time.time() - 24 * 3600
+    seen = {dead: day_ago + 100, forgotten: day_ago - 100}
     space.redis.zadd(space.key("workers"), seen)
     worker = space.worker(lease=0.3)
     await wait_until(lambda: not space.redis.zscore(space.key("workers"), forgotten))
@@ -2559,7 +2560,7 @@ async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> 
 
     async with Swallower(space.server) as swallower:
         url = space.url.replace(str(space.server.port), str(swallower.port))
-        fetch = agentflow.connect(url)
+        fetch = agentflow.Link(url).client
         with pytest.raises(exceptions.ConnectionError):
             await fetch.blmove(ready, processing, 1, "RIGHT", "LEFT")
         await fetch.aclose()
@@ -2601,10 +2602,10 @@ async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
     await worker._beat()
 
     worker.executor.link.back_since = time.monotonic()
-    await worker._look_after()
+    await worker._reap()
     early = space.redis.lrange(other.processing, 0, -1), worker.counts["reaped"]
     worker.executor.link.back_since -= 61
-    await worker._look_after()
+    await worker._reap()
 
     assert early == ([job], 0)
     assert worker.counts["reaped"] == 1 and space.lists() == [job]
@@ -2713,6 +2714,7 @@ async def test_a_worker_does_not_reap_itself(space: Space) -> None:
     space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
 
     space.expire()
+    worker.executor.link.back_since -= 61
     await worker._reap()
 
     assert len(space.redis.lrange(worker.processing, 0, -1)) == 1 and not worker.counts["reaped"]
@@ -3058,10 +3060,12 @@ async def test_a_resume_does_not_start_again_what_a_worker_still_runs(
 
     gate.mend()
     await run.resume()
+    stands = {job.split("/")[1]: count for job, count in places(space).items()}
     await wait_until(lambda: has_key(run, "b"))
     gate.open("a")
     end = await end_of(run)
 
+    assert stands["a"] == 1  # not in `ready`, too
     assert end.done == activations("a b c") and len(gate.begun("a")) == 1
 
 
@@ -4383,7 +4387,7 @@ def test_no_script_makes_a_keys_name_or_reads_the_context_as_json() -> None:
 def test_each_scripts_header_names_its_keys_and_arguments() -> None:
     shared = agentflow.SHARED
     helpers = dict(re.findall(r"^local function (\w+)\((.*?)^end", shared, re.S | re.M))
-    names = re.findall(r"\w+", re.findall(r"local (run, .*) =\s+unpack\(KEYS\)", shared)[0])
+    names = re.findall(r"\w+", re.findall(r"local (run, [^=]*) = unpack\(KEYS\)", shared)[0])
     scripts = re.findall(r'((?:^#.*\n)+)(\w+) = Script\(\s*"""((?:.*\n)*?)"""', SOURCE, re.M)
 
     for header, name, text in scripts:

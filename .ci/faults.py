@@ -34,7 +34,7 @@ import redis
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from agentflow import CANCELLED, COMPLETED, RUNNING, Context, Flow, Node, Park
+from agentflow import CANCELLED, COMPLETED, EVENTS, RUNNING, Context, Flow, Node, Park
 from agentflow import RedisExecutor, RedisRun, Registry, RunError, Worker
 from graphs.check import Field
 from prove import Pure, Result, Wrong, compare, ended, flows_of
@@ -396,7 +396,7 @@ class Stage:
             await asyncio.wait([task], timeout=deadline - time.monotonic())
             if not task.done():
                 stands = [self.server.admin.hgetall(key) for key in (run.keys[0], run.keys[2])]
-                stands += [self.lists(), self.server.admin.xrange(run.keys[5])]
+                stands += [self.lists(), self.server.admin.xrange(run.keys[EVENTS])]
                 raise Wrong(f"run {run.id} has not ended within {seconds} s: {stands}")
             if not (error := task.exception()):
                 return await ended(run)
