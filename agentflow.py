@@ -773,7 +773,7 @@ class MemoryRun(Run):
 # ── 6. Redis: keys and scripts ───────────────────────────────────────────────────────────────
 # What several processes must agree on. A step that takes more than one command is a script, which
 # Redis runs as a whole. Redis takes nothing back when a script fails, so nothing in it may fail
-# after its first write; of an OOM it is safe there, for a script that has written may write on.
+# after its first change; of an OOM it is safe there, for a script that has written may write on.
 #
 #   key                   type        holds
 #   ready                 list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
@@ -962,10 +962,11 @@ COMMIT = Script("""
 if call('HGET', run, 'version') ~= a.seen then
   return {call('HGETALL', run), call('HGETALL', context)}
 end
-for _, job in ipairs(a.jobs) do call('LREM', mine, 0, job) end
+call('EXPIRE', run, 30 * 86400)  -- which Redis allows when it is full, and what follows it, too
 for kind, count in pairs(call('EXISTS', root) == 1 and a.usage or {}) do
   call('HINCRBY', root, 'usage ' .. kind, count)
 end
+for _, job in ipairs(a.jobs) do call('LREM', mine, 0, job) end
 put_context()
 call('HSET', run, 'version', a.version, 'state', a.state)
 for _, event in ipairs(a.done) do record(event) end
@@ -1000,7 +1001,7 @@ if there and (status == 'running' or status == 'failed') then
     call('HDEL', run, 'crashes ' .. a.job)
     if call('HGET', parked, a.job) ~= '' then call('HDEL', parked, a.job, a.job .. ' 0') end
   else
-    call('PERSIST', run)  -- a write that Redis allows when it is full; finish sets the TTL again
+    call('EXPIRE', run, 30 * 86400)  -- as in COMMIT
     call('HSET', run, 'steered', a.version)
   end
   if a.job and status == 'failed' then record(a.event) else finish() end
