@@ -70,7 +70,8 @@ def parse() -> argparse.Namespace:
         many = "append" if name in ("input", "answer", "import") else "store"
         group.add_argument(f"--{name}", action=many if value else "store_true")
     args = parser.parse_args()
-    if not args.run and (args.status or args.explain or args.cancel or args.resume or args.answer):
+    steers = args.status or args.explain or args.cancel or args.resume or args.answer
+    if args.run is None and steers:
         parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
     if args.cancel and (args.resume or args.answer):
         parser.error("a cancelled run cannot go on: drop --cancel, or --resume and --answer")
@@ -94,7 +95,9 @@ def values(flag: str, given: list[str] | None) -> dict[str, Any]:
         try:
             if not equals:
                 raise ValueError("it must be like KEY=VALUE or KEY=@FILE")
-            ctx[key] = as_json(Path(text[1:]).read_text("utf-8") if text.startswith("@") else text)
+            if text.startswith("@"):
+                text = Path(text[1:]).read_text("utf-8-sig")
+            ctx[key] = as_json(text)
         except (OSError, ValueError) as error:
             findings.append(f"{flag} {key}: {error}")
     if findings:
@@ -121,7 +124,7 @@ async def reach(url: str) -> RedisExecutor:
         executor = RedisExecutor(url)
         await executor.open()
         return executor
-    except ValueError:  # whose text may hold a part of a password
+    except (TypeError, ValueError):  # whose text may hold a part of a password
         found = "that is not the URL of a Redis"
     except (OSError, RedisError) as error:
         found = f"Redis at {public(url)}: {error}"
@@ -252,8 +255,8 @@ if __name__ == "__main__":
     try:
         getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # unless it is closed
         set_up(args)
-        does = steer if args.run else start if args.usecase or args.list else overview
-        asyncio.run(does(args))
+        starts = args.usecase is not None or args.list
+        asyncio.run((steer if args.run is not None else start if starts else overview)(args))
     except (GraphError, RunError, RedisError) as error:
         say(str(error))
         sys.exit(2)

@@ -1842,10 +1842,10 @@ def test_a_graph_has_at_most_10000_edges(count: int, good: bool) -> None:
 BAD_FILES = {
     "empty": (b"", "Expecting value: line 1 column 1 (char 0)"),
     "no-json": (b"{nodes}", "Expecting property name enclosed in double quotes: line 1 column 2"),
-    "bom": (b"\xef\xbb\xbf{}", "Unexpected UTF-8 BOM"),
     "latin1": (b'{"a": "\xe4"}', "'utf-8' codec can't decode byte 0xe4"),
     "twice": (b'{"nodes": [], "nodes": []}', "the key 'nodes' stands twice in an object"),
     "nan": (b'{"inputs": {"x": NaN}}', "NaN is not JSON"),
+    "inf": (b'{"inputs": {"x": 1e400}}', "1e400 is not JSON"),
     "deep": (b"[" * 100_000, "it is nested too deeply"),
     "digits": (b'{"inputs": {"x": ' + b"1" * 5000 + b"}}", "Exceeds the limit (4300 digits)"),
 }
@@ -1865,6 +1865,14 @@ def test_a_file_that_is_no_json_is_a_finding_for_who_asks_for_it(tmp_path: Path,
         f"{tmp_path}/{name}.json: $: cannot be read as JSON: {why}"
     )
     assert registry["good"].starts == ["a"]
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(graph("a")), "utf-8")
+    (tmp_path / "value").write_text("\ufeff[1]", "utf-8")
+
+    assert load(tmp_path)["a"].starts == ["a"]
+    assert client.values("--input", [f"x=@{tmp_path}/value"]) == {"x": [1]}
 
 
 STRANGE_TYPES = ["os.system", "builtins.eval", "Node", "__import__('os')", "graphs.nodes.Output"]
@@ -1931,6 +1939,8 @@ async def test_a_model_is_asked_through_the_openai_client(executor: Any, model: 
 RETRIED: dict[str, tuple[int, list[Any]]] = {  # the retries that it takes
     "a 500": (1, [BROKEN, "Hello"]),
     "no answer in it": (1, ["", "Hello"]),
+    "a blank answer": (1, [" \n", "Hello"]),
+    "choices by name": (1, [(200, {}, '{"choices": {"0": 1}}'), "Hello"]),
     "a page": (1, [PAGE, "Hello"]),
     "no JSON": (1, [(200, {}, "{]"), "Hello"]),
     "a timeout": (1, [None, "Hello"]),
@@ -1954,7 +1964,8 @@ async def test_a_model_that_may_get_better_is_asked_again(model: Model, name: st
 
 GIVEN_UP = {
     "a key that is refused": (DENIED, "401"),
-    "a model that is not there": ((404, {}, "{}"), "404"),
+    "a model that is not there": ((404, {}, "{}"), "is OPENAI_BASE_URL right"),
+    "a day of rest": ((429, {"Retry-After": "86400"}, "{}"), "Retry-After: 86400 seconds"),
     "an account without money": (
         (429, {}, '{"error": {"message": "pay", "code": "insufficient_quota"}}'),
         "429",
@@ -1985,6 +1996,27 @@ async def test_a_wrong_label_is_asked_for_once_more_and_then_goes_otherwise(
     assert first.done == activations("a:left b") and first.context["a"] == "left"
     assert second.done == activations("a:right c")
     assert model.asked[1] == "Answer with one of these and nothing else: left, right"
+
+
+LABELS = {  # the label that an answer means, of those on the edges
+    "Left.": ("left right", "left"),
+    "'C++'": ("C C++", "d"),  # it may be either
+    "C++": ("C C++", "C++"),
+    "-1": ("1 2", "d"),
+    "(-1)": ("1 -1", "-1"),
+}
+
+
+@pytest.mark.parametrize("answer", LABELS)
+async def test_an_answer_takes_the_one_label_that_it_means(model: Model, answer: str) -> None:
+    labels, label = LABELS[answer]
+    model.script["Which"] = [answer] * 4
+    routed = graph("a -d-> z", a=ROUTE | {"otherwise": "d"})
+    routed["edges"] += [{"source": "a", "target": "z", "action": to} for to in labels.split()]
+
+    end = await in_memory(Registry({"flow": routed})["flow"])
+
+    assert f"flow.a#1:{label}" in end.done
 
 
 async def test_without_otherwise_a_wrong_label_is_an_error_that_shows_it(
@@ -3660,6 +3692,9 @@ WRONG: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
         ["127.0.0.1:1", "--local", "--dry-run", "redis-server"],
     ),
     "no Redis URL": (["--usecase", "research", "--redis", "localhost"], {}, ["redis://"]),
+    "a strange Redis URL": (["--runs", "--redis", "redis://h?x=1"], {}, ["redis://"]),
+    "an empty use case": (["--usecase", ""], {}, ['no use case ""', "research"]),
+    "an empty run": (["--run", ""], {}, ["no run ''"]),
     "status of nothing": (["--usecase", "research", "--status"], {}, ["--run"]),
     "an end and no end": (["--run", "0123", "--cancel", "--resume"], {}, ["cannot go on"]),
 }

@@ -22,7 +22,10 @@ from agentflow import MAX_VALUE, Permanent, TryLater
 
 OPENAI, MODEL = "https://api.openai.com/v1", "gpt-5.6-luna"
 NO_KEY = "no key for the model: set OPENAI_API_KEY, in .env for instance, or use --dry-run"
-HINTS = {401: "; is OPENAI_API_KEY right?", 404: "; does OPENAI_MODEL name a model of this server?"}
+HINTS = {
+    401: "; is OPENAI_API_KEY right?",
+    404: "; is OPENAI_BASE_URL right (most end in /v1), and OPENAI_MODEL a model there?",
+}
 
 
 @functools.cache
@@ -54,7 +57,9 @@ def problem(error: Any, text: str) -> Exception:
         return Permanent(text)
     if response.status_code in (429, 503):
         after = response.headers.get("Retry-After", "")
-        return TryLater(text, float(after) if after.isdecimal() else None)
+        if after.isdecimal():
+            return TryLater(f"{text} (Retry-After: {after} seconds)", float(after))
+        return TryLater(text)
     return RuntimeError(text) if response.status_code >= 500 else Permanent(text)
 
 
@@ -62,7 +67,7 @@ def settings() -> tuple[str, str, str]:
     """The model, its base URL and the key, from the environment and .env (here or above)."""
     load_dotenv(find_dotenv(usecwd=True))
     url = (os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
-    key = os.environ.get("OPENAI_API_KEY") or ("" if url == OPENAI else "unused")
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or ("" if url == OPENAI else "unused")
     return os.environ.get("OPENAI_MODEL") or MODEL, url, key
 
 
@@ -96,6 +101,8 @@ async def complete(
     model, url, key = settings()
     if not key:
         raise Permanent(NO_KEY)
+    if not key.isascii():
+        raise Permanent("OPENAI_API_KEY has characters that no key has; is it copied well?")
     openai, _, client = await connect()
     server = openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, http_client=client)
     try:
@@ -104,14 +111,15 @@ async def complete(
                 model=model, messages=messages, extra_body=options
             )
     except (openai.APIError, json.JSONDecodeError) as error:
-        said = " ".join(str(error).replace(key, "***").split())
+        said = " ".join(f"{error} {error.__cause__ or ''}".replace(key, "***").split())
         hint = HINTS.get(getattr(error, "status_code", 0), "")
         raise problem(error, f"{model_status()}: {said:.300}{hint}") from None
     for kind in ("prompt_tokens", "completion_tokens"):
         count = getattr(getattr(answer, "usage", None), kind, None) or 0
         usage[kind] = usage.get(kind, 0) + count
-    choices = getattr(answer, "choices", None) or [None]
-    text = getattr(getattr(choices[0], "message", None), "content", None)
-    if not text:
+    choices = getattr(answer, "choices", None)
+    first = choices[0] if isinstance(choices, list) and choices else None
+    text = getattr(getattr(first, "message", None), "content", None)
+    if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{model_status()}: it sent no answer")
-    return str(text).strip()
+    return text.strip()

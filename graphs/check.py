@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +41,14 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"the key {max(keys, key=keys.count)!r:.80} stands twice in an object")
         return found
 
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text:.40} is not JSON: no finite number")
+        return value
 
+    finds: dict[str, Any] = {"object_pairs_hook": unique, "parse_float": finite}
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, **finds, parse_constant=finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -56,7 +60,7 @@ def load(folder: str | Path) -> Registry:
     graphs: dict[str, Any] = {}
     for file in sorted(Path(folder).glob("*.json")):
         try:
-            graphs[file.stem] = parse_json(file.read_text("utf-8"))
+            graphs[file.stem] = parse_json(file.read_text("utf-8-sig"))
         except (ValueError, OSError) as error:
             graphs[file.stem] = error  # a finding for who asks for this flow
     return Registry(graphs, f"{folder}/")

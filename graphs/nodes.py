@@ -40,7 +40,7 @@ def parse(text: str, kind: str) -> Any:
     """The text itself, the list of its lines without bullets and numbers, or its JSON value."""
     if kind == "text":
         return text
-    text = re.sub(r"^```\w*\n|\n?```$", "", text.strip())  # models like to put it in a fence
+    text = re.sub(r"^```[^\n]*\n|\s*```$", "", text.strip())  # models like to put it in a fence
     if kind == "lines":
         lines = [BULLET.sub("", line).strip() for line in text.splitlines()]
         return [line for line in lines if line]
@@ -99,8 +99,8 @@ LIMIT = OTHERWISE | {"limit": Field("count", "past so many visits, take otherwis
 
 
 def plain(answer: str) -> str:
-    """An answer without case, and without quotes and punctuation around it."""
-    return re.sub(r"^[\W_]+|[\W_]+$", "", answer).casefold() or answer
+    """An answer without case, and without quotes and punctuation around it; a sign may stay."""
+    return re.sub(r"^((?!-\d)[\W_])+|[\W_]+$", "", answer).casefold() or answer
 
 
 class Choice(Node):
@@ -115,9 +115,9 @@ class Choice(Node):
             yield ".limit", "needs `otherwise`: the action past the limit"
 
     def match(self, answer: Any) -> Any:
-        """The label that is meant, or the answer: "True." is "true", but "untrue" is not."""
-        labels = {plain(label): label for label in self.labels()}
-        return answer if answer in self.labels() else labels.get(plain(as_text(answer)), answer)
+        """The one label that is meant, or the answer: "True." is "true", but "untrue" is not."""
+        meant = [label for label in self.labels() if plain(label) == plain(as_text(answer))]
+        return meant[0] if len(meant) == 1 and answer not in self.labels() else answer
 
     async def prep(self, ctx: Context) -> Any:
         limit = self.data.get("limit")
