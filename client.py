@@ -3,8 +3,8 @@
     --usecase NAME  [--wait | --local | --draw] [--dry-run] [--json] [--graphs DIR]
                     [--input KEY=VALUE ...]: VALUE is JSON if it parses, else text; @FILE is read
     --run ID        [--status | --explain | --draw | --cancel | --resume | --answer NODE=VALUE]
-                    [--wait] [--json]
-    --list | --runs | --workers         anywhere: [--redis URL] [--import MODULE ...]
+                    [--wait] [--json]; with --resume also [--input KEY=VALUE ...]
+    --list [--graphs DIR] | --runs | --workers      anywhere: [--redis URL] [--import MODULE ...]
 
 Results go to stdout, all else to stderr. Exit code: 0 completed or queued, 1 failed or cancelled,
 2 bad input or nothing reachable, 130 Ctrl-C. What could steer a terminal is escaped.
@@ -60,6 +60,16 @@ def line_of(event: Event, root: str) -> str:
     return escape(f"{time.ctime(event['at'])[11:19]}  {where:<28} {event['event']:<10}{rest}")
 
 
+FITS = {  # what each subject goes with, but for --redis and --import, which go with all
+    "usecase": "graphs input wait local draw dry_run json",
+    "run": "status explain draw cancel resume answer input wait json",
+    "list": "graphs",
+    "runs": "",
+    "workers": "",
+}
+COURSES = ("status", "explain", "draw", "cancel", "resume", "answer")
+
+
 def parse() -> argparse.Namespace:
     """The command line, with the flags named above; ends with exit code 2 where it is wrong."""
     parser = argparse.ArgumentParser("client.py", description=__doc__, allow_abbrev=False)
@@ -70,11 +80,17 @@ def parse() -> argparse.Namespace:
         many = "append" if name in ("input", "answer", "import") else "store"
         group.add_argument(f"--{name}", action=many if value else "store_true")
     args = parser.parse_args()
-    steers = args.status or args.explain or args.cancel or args.resume or args.answer
-    if args.run is None and steers:
-        parser.error("--status, --explain, --cancel, --resume and --answer go with --run ID")
-    if args.cancel and (args.resume or args.answer):
-        parser.error("a cancelled run cannot go on: drop --cancel, or --resume and --answer")
+    given = [name for name, value in vars(args).items() if value not in (None, False)]
+    [about] = (name for name in FITS if name in given)
+    for name in given:
+        if name not in (about, "redis", "import", *FITS[about].split()):
+            parser.error(f"--{name.replace('_', '-')} does not go with --{about}; see --help")
+    if len(courses := [f"--{name}" for name in COURSES if name in given]) > 1:
+        parser.error(f"{' and '.join(courses)}: one at a time")
+    if args.json and (args.draw or args.explain):
+        parser.error("--draw and --explain give a text, and no JSON")
+    if args.run is not None and args.input and not args.resume:
+        parser.error("--input goes with --usecase or --resume")
     args.wait |= args.local or (args.json and not args.run)
     return args
 
@@ -222,7 +238,7 @@ async def steer(args: argparse.Namespace) -> None:
         await run.answer(node, value)
     if changed := args.cancel or args.resume or args.answer:
         say(f"run {run.id} {'is cancelled' if args.cancel else 'goes on'}")
-    if args.wait or not changed:
+    if args.wait or args.json or not changed:
         await follow(args, run)
 
 

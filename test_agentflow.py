@@ -3696,7 +3696,10 @@ WRONG: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "an empty use case": (["--usecase", ""], {}, ['no use case ""', "research"]),
     "an empty run": (["--run", ""], {}, ["no run ''"]),
     "status of nothing": (["--usecase", "research", "--status"], {}, ["--run"]),
-    "an end and no end": (["--run", "0123", "--cancel", "--resume"], {}, ["cannot go on"]),
+    "input for a run": (["--run", "0123", "--input", "a=1"], {}, ["--input goes with"]),
+    "a waiting list": (["--list", "--wait"], {}, ["--wait does not go with --list"]),
+    "a JSON drawing": (["--usecase", "research", "--draw", "--json"], {}, ["no JSON"]),
+    "an end and no end": (["--run", "0123", "--cancel", "--resume"], {}, ["one at a time"]),
 }
 
 
@@ -3754,6 +3757,14 @@ async def test_a_person_answers_from_another_terminal(shell: Shell) -> None:
 
     assert (answered.code, (await waiting.end()).code) == (0, 0)
     assert twice.code == 2 and "does not wait for an answer" in twice.err
+
+
+async def test_a_run_that_is_steered_is_told_of_in_json_too(shell: Shell) -> None:
+    started = await shell.type("client", "--usecase", "blog-post")
+
+    cancelled = await shell.type("client", "--run", started.out.strip(), "--cancel", "--json")
+
+    assert (cancelled.code, json.loads(cancelled.out)["status"]) == (1, CANCELLED)
 
 
 async def test_a_failed_run_is_resumed_from_the_command_line(shell: Shell) -> None:

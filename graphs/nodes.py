@@ -259,10 +259,12 @@ class HttpRequest(Templated):
         headers = {"User-Agent": "agentflow", "Content-Type": "application/json"}
         headers |= {} if method == "GET" else {"Idempotency-Key": ctx.job}
         for name, template in self.data.get("headers", {}).items():
-            headers[name.title()] = render(as_text(template), values)
-        sent = "".join([url, *headers, *headers.values()])
-        if not re.match("https?://[^/?#]", url) or not sent.isprintable():
+            headers[name.title()] = render(as_text(template), values).strip(" ")
+        sent = "".join([method, *headers, *headers.values()])
+        if not re.match("https?://[^/?#]", url) or not (url + sent).isprintable():
             raise Permanent("it takes http(s)://host/... and headers without control characters")
+        if not sent.isascii():
+            raise Permanent("it takes a method and headers of ASCII characters")
         return {"method": method, "url": url, "headers": headers, "content": body}
 
     async def exec(self, prepared: Any) -> Any:
