@@ -264,6 +264,11 @@ class Outcome(NamedTuple):
     event: dict[str, Any]  # what is recorded of it
 
 
+def is_count(number: Any) -> bool:
+    """Whether it can be added to a run's usage."""
+    return type(number) is int and abs(number) <= MAX_COUNT
+
+
 async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
     """One activation of a node, the same in every executor (I4); `failure`: of a child, or ''.
     RunError when it has failed for good and none of its edges carries the action `error`."""
@@ -288,9 +293,8 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action not in (DEFAULT, *node.actions):
             raise ValueError(f"its action {action!r:.80} is on none of its edges")
-        if odd := [n for n in ctx.usage.values() if type(n) is not int or abs(n) > MAX_COUNT]:
+        if odd := [n for n in ctx.usage.values() if not is_count(n)]:
             raise ValueError(f"its usage counts whole tokens, not {odd[0]!r:.80}")
-        changes = ctx.changes
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError):
             if (task := asyncio.current_task()) and task.cancelling():
@@ -300,10 +304,11 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         text = as_unicode(f'node "{node.id}": {kind}{error}'[:2000])
         if ERROR not in node.actions:
             raise RunError(text) from error
-        action, changes = ERROR, {node.id: encode(text)}
-    event = {"node": node.id, "visit": ctx.visit, "action": action, "usage": ctx.usage}
+        action, ctx.changes = ERROR, {node.id: encode(text)}
+    usage = {kind: n for kind, n in ctx.usage.items() if is_count(n)}
+    event = {"node": node.id, "visit": ctx.visit, "action": action, "usage": usage}
     event["seconds"] = round(time.monotonic() - started, 3)
-    return Outcome(action, changes, ctx.usage, event)
+    return Outcome(action, ctx.changes, usage, event)
 
 
 async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> Any:
@@ -328,7 +333,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> 
             if failures > node.retries:
                 raise cause from None
             reason = f"{type(cause).__name__}: {cause}"
-        record("retrying", node=node.id, error=reason, delay=round(delay, 3))
+        record("retrying", node=node.id, error=reason[:2000], delay=round(delay, 3))
         await asyncio.sleep(delay)
 
 
@@ -483,6 +488,10 @@ class Flow:
             upstream = self._ancestors_along(kept)
             self.upstream |= {n: upstream[n] for n in self.nodes if self._heads[n] == heads}
 
+    def writes(self, node: str) -> set[str]:
+        """The context keys that a node may write, that of its error's text among them."""
+        return self.nodes[node].writes() | ({node} if ERROR in self.targets[node] else set())
+
     def leads_to(self, node: str) -> list[str]:
         """The targets of a node's edges, each once."""
         return [*dict.fromkeys(t for targets in self.targets[node].values() for t in targets)]
@@ -522,7 +531,7 @@ class Flow:
     def needs(self) -> set[str]:
         """The keys that must be given at the start: the first key of each input of which no key has
         a default or is written by a node that leads there."""
-        writes = {node: step.writes() for node, step in self.nodes.items()}
+        writes = {node: self.writes(node) for node in self.nodes}
         needs: set[str] = set()
         for node, step in self.nodes.items():
             given = set(self.inputs).union(*(writes[n] for n in self.members(self.ancestors[node])))
@@ -1163,12 +1172,12 @@ class Link:
             if again:
                 if not delay:
                     why = next(reply for reply in replies if isinstance(reply, Exception))
-                    log.warning("redis does not answer; trying until it does: %s", why)
+                    log.warning("redis does not answer; trying until it does: %r", why)
                 delay = wait
                 await asyncio.sleep(delay)
             elif delay:
                 log.warning("redis answers again")
-                delay, self.back_since = 0.0, time.monotonic()
+                delay, self.back_since = 0.0, time.monotonic() + 10  # others may still wait
         self._flushing = None
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
@@ -1183,9 +1192,9 @@ class Link:
                 while len(replies) < len(loads) + len(commands):
                     try:
                         replies.append(await self._connection.read_response())
-                    except exceptions.ReadOnlyError:
-                        raise  # for a new connection may lead to the new master
                     except exceptions.ResponseError as refusal:
+                        if "READONLY" in f"{refusal.status_code} {refusal}":
+                            raise  # for a new connection may lead to the new master
                         replies.append(refusal)
         except BaseException:
             await self._connection.disconnect(nowait=True)  # what still comes is nobody's reply
@@ -1480,6 +1489,7 @@ class Worker:
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
+            await self.executor.link.client.connection_pool.disconnect()  # see READONLY
             await asyncio.sleep(0.2)
 
     async def _bringing(self, count: int, reply: Awaitable[Any]) -> Any:
@@ -1520,11 +1530,13 @@ class Worker:
                     held.outcome = outcome
                     await self._commit(job, held, claimed)
             except RunError as error:
-                await self._fail(job, claimed.run, str(error))
+                if self.held.get(job, held) is held:  # else it was taken from us, and has come back
+                    await self._fail(job, claimed.run, str(error))
         except Exception:  # charged, so that it does not come again for ever
             log.exception("giving back %s, as if we had crashed", job)
             await asyncio.sleep(1)  # lest it come again at once
-            await self._give_back(job, crashed=True)
+            if self.held.get(job, held) is held:
+                await self._give_back(job, crashed=True)
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
         """Read what a job needs; None if it must not run, or not now."""
@@ -1718,7 +1730,7 @@ class Worker:
 
     async def _watch(self) -> None:
         """Stop working on runs that were cancelled."""
-        busy = [job for job, held in self.held.items() if held.executing]
+        busy = [*self.held]
         replies = [self.send("HGET", self.executor.keys(job)[RUN], "status") for job in busy]
         for job, status in zip(busy, await asyncio.gather(*replies), strict=True):
             if status == CANCELLED:

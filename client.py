@@ -26,7 +26,7 @@ from typing import Any
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
 
-from agentflow import CANCELLED, COMPLETED, FAILED, Context, Event, GraphError, MemoryRun
+from agentflow import CANCELLED, COMPLETED, FAILED, RUNNING, Context, Event, GraphError, MemoryRun
 from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError
 from graphs.check import load, nearest, parse_json
 from graphs.draw import draw, mermaid
@@ -42,7 +42,10 @@ def escape(text: object, keep: str = "") -> str:
 
 def public(url: str) -> str:
     """A URL that was understood, without password and options."""
-    return escape(re.sub(r"(?s):(/*).*@", r":\1", url).partition("?")[0])
+    shown, _, options = url.partition("?")
+    if "@" in options:  # nobody can tell where a password begins
+        return escape(shown.partition(":")[0] + "://...")
+    return escape(re.sub(r"(?s):(/*).*@", r":\1", shown))
 
 
 def say(text: str, to: Any = sys.stderr) -> None:
@@ -123,7 +126,10 @@ def values(flag: str, given: list[str] | None) -> dict[str, Any]:
 
 def set_up(args: argparse.Namespace) -> None:
     """Read .env, import the node types, and find out which Redis is meant."""
-    load_dotenv(find_dotenv(usecwd=True))
+    try:
+        load_dotenv(find_dotenv(usecwd=True))
+    except (OSError, ValueError) as error:
+        raise RunError(f".env, here or above, cannot be read: {error}") from None
     args.at = f" --redis {public(args.redis)}" if args.redis else ""
     args.redis = args.redis or os.environ.get("REDIS_URL") or "redis://localhost:6379"
     sys.path.append(os.curdir)
@@ -140,10 +146,10 @@ async def reach(url: str) -> RedisExecutor:
         executor = RedisExecutor(url)
         await executor.open()
         return executor
-    except (TypeError, ValueError):  # whose text may hold a part of a password
-        found = "that is not the URL of a Redis"
     except (OSError, RedisError) as error:
         found = f"Redis at {public(url)}: {error}"
+    except Exception:  # redis-py does not take it; the text may hold a part of a password
+        found = "that is not the URL of a Redis"
     raise RunError(
         f"{found}; start redis-server, 6.2 or newer, or name one that takes writes with --redis "
         "redis://[USER:PASSWORD@]HOST[:PORT][/DB]; --local needs none, with --dry-run no key either"
@@ -181,15 +187,16 @@ async def start(args: argparse.Namespace) -> None:
 async def follow(args: argparse.Namespace, run: Run) -> None:
     """Print a run's events, to its end or so far, and what came of it; then exit by that."""
     out = sys.stderr if args.wait or args.json else sys.stdout
-    if args.wait and isinstance(run, RedisRun):
-        await workers(run.executor)
+    over = (await run.status()).status != RUNNING
+    if args.wait and isinstance(run, RedisRun) and not over:
+        await workers(run.executor, args.at)
     async for event in run.events(follow=args.wait):
         say(line_of(event, run.id), out)
         if question := event.get("question"):
             say("    | " + escape(question, "\n").replace("\n", "\n    | "), out)
             if isinstance(run, MemoryRun):
                 await run.answer(event["node"], await ask(), event["run"])
-            elif args.wait:
+            elif args.wait and not over:
                 say(f"{ANSWER.format(event['run'], event['node'])}{args.at}")
     status = await run.status()
     used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items()) or "none"
@@ -210,8 +217,8 @@ async def ask() -> Any:
         loop.add_reader(0, typed.set)  # no thread: that would survive Ctrl-C
         await typed.wait()
         loop.remove_reader(0)
-        if text := os.read(0, 65536).decode(errors="replace").strip():
-            return as_json(text)
+        if text := os.read(0, 65536).decode(errors="replace"):
+            return as_json(text.strip()) if text.strip() else await ask()
     raise RunError("a person is asked, and nobody answers here; use Redis, or --dry-run")
 
 
@@ -242,18 +249,18 @@ async def steer(args: argparse.Namespace) -> None:
         await follow(args, run)
 
 
-async def workers(executor: RedisExecutor) -> dict[str, str]:
+async def workers(executor: RedisExecutor, at: str) -> dict[str, str]:
     """Who works, and at what; says so if it is nobody."""
     found = await look(executor)
     if not any(what.startswith("worker ") for what in found):
-        say("no worker is alive; in another terminal, type: python worker.py")
+        say(f"no worker is alive; in another terminal, type: python worker.py{at}")
     return found
 
 
 async def overview(args: argparse.Namespace) -> None:
     """Print what the workers do and what waits, or the recent runs: a line each."""
     executor = await reach(args.redis)
-    for what, place in (await workers(executor)).items() if args.workers else ():
+    for what, place in (await workers(executor, args.at)).items() if args.workers else ():
         say(f"{what} {place}", sys.stdout)
     newest: Any = ()
     if args.runs:

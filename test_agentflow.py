@@ -267,6 +267,20 @@ class Spender(Node):
         ctx.usage["total"] = self.data["tokens"]
 
 
+class Deaf(Node):
+    """Does not end when it is cancelled, but fails later."""
+
+    fields: ClassVar[dict[str, Field]] = {"gate": Field("text")}
+
+    async def exec(self, prepared: Any) -> None:
+        gate = Gate(self.data["gate"])
+        try:
+            await gate.pass_through(self.id, None)
+        except asyncio.CancelledError:
+            await gate.pass_through("late", None)
+            raise Permanent("it heard nothing") from None
+
+
 class Rehearsed(Node):
     """Calls out; in a dry run it does not."""
 
@@ -279,7 +293,7 @@ class Rehearsed(Node):
 
 TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison": Poison}
 TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
-TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender}
+TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender, "deaf": Deaf}
 for name, node_type in TYPES.items():
     Registry.add(name, node_type)
 
@@ -1685,6 +1699,14 @@ async def test_a_node_that_has_used_what_is_no_count_has_failed(executor: Any, t
     assert end.status == FAILED and end.error.startswith(said)
 
 
+async def test_usage_that_is_no_count_is_left_out_where_an_edge_carries_the_error(
+    executor: Any,
+) -> None:
+    end = await same(executor, flow("a -error-> b", a={"type": "spender", "tokens": 0.5}))
+
+    assert (end.status, end.usage) == (COMPLETED, {})
+
+
 @pytest.mark.parametrize("step", ["prep", "exec", "post"])
 async def test_a_node_that_cancels_itself_has_failed(executor: Any, step: str) -> None:
     end = await same(executor, one("cancelling", step=step))
@@ -1788,6 +1810,20 @@ BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
         '$.nodes[2]: "b" and "c" may run at the same time, and one writes the key "b", '
         "which the other one uses (I4)",
     ),
+    "a reader beside a writer of its error (I4)": (
+        graph("a -error-> x; b", a=TEXT, b={"inputs": {"x": "a"}}),
+        '$.nodes[2]: "a" and "b" may run at the same time, and one writes the key "a", '
+        "which the other one uses (I4)",
+    ),
+    "a child that lacks an input": (
+        graph("a", a=SUB | {"workflowId": "needy", "inputs": {"y": "x"}}),
+        '$.nodes[0].data.inputs: "needy" needs "x"; give it',
+    ),
+    "a path without a key": (
+        graph("a", a={"inputs": {"x": "/y"}}),
+        "$.nodes[0].data.inputs: must be an object of name: key, or name: list of keys, not "
+        '{"x":"/y"}',
+    ),
     "a loop that is entered elsewhere than at its head": (
         graph("s -> a b; a -> b; b -more-> a; b -done-> c"),
         '$.edges[1]: "s" leads into the loop of "a" elsewhere than at its head; '
@@ -1806,7 +1842,8 @@ def test_a_bad_graph_is_refused_with_every_finding_and_its_place(name: str) -> N
     bad, *findings = BAD_GRAPHS[name]
 
     with pytest.raises(GraphError) as refused:
-        Registry({"flow": bad, "child": graph("x")}, "graphs/")["flow"]
+        needy = graph("a", a={"inputs": {"x": "x"}})
+        Registry({"flow": bad, "child": graph("x"), "needy": needy}, "graphs/")["flow"]
 
     assert str(refused.value) == "\n".join(f"graphs/flow.json: {finding}" for finding in findings)
 
@@ -1873,6 +1910,23 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
     assert load(tmp_path)["a"].starts == ["a"]
     assert client.values("--input", [f"x=@{tmp_path}/value"]) == {"x": [1]}
+
+
+def test_a_sub_flow_that_many_share_is_looked_into_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = {f"f{i}": graph("a -> b", a=SUB, b=SUB) for i in range(16)}
+    for i, each in enumerate(graphs.values()):
+        for node in each["nodes"]:
+            node["data"]["workflowId"] = f"f{i + 1}"
+    built, build = Counter[str](), agentflow.Flow._analyse
+
+    def analyse(flow: agentflow.Flow) -> None:
+        built[flow.id] += 1
+        build(flow)
+
+    monkeypatch.setattr(agentflow.Flow, "_analyse", analyse)
+    found = Registry(graphs | {"f16": graph("a", {"x": 1})})["f0"]
+
+    assert found.bundle and built.total() < 1000  # of 65,536 ways
 
 
 STRANGE_TYPES = ["os.system", "builtins.eval", "Node", "__import__('os')", "graphs.nodes.Output"]
@@ -2374,6 +2428,23 @@ async def test_a_job_that_has_crashed_twice_waits_for_what_may_yet_come(space: S
     assert (await end_of(run)).status == COMPLETED
 
 
+async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(
+    space: Space, gate: Gate
+) -> None:
+    runs = [await flow(n, **{n: gate.data}).run({}, space.executor) for n in "ab"]
+    job = next(job for job in space.lists() if "/b/" in job)
+    space.redis.hset(runs[1].keys[0], f"crashes {job}", 2)
+    worker = space.worker()
+    await gate.reached("a")
+    await wait_until(lambda: worker._suspect == job)
+
+    await runs[1].cancel()
+    await wait_until(lambda: job not in worker.held)
+    gate.open("a", "b")
+
+    assert (await end_of(runs[0])).status == COMPLETED and not gate.begun("b")
+
+
 async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(
     space: Space,
 ) -> None:
@@ -2532,6 +2603,26 @@ async def test_a_late_failure_of_a_job_that_another_worker_has_changes_nothing(
     other.send(signal.SIGCONT)
 
     await as_in_memory(run, gated)
+
+
+async def test_a_late_failure_does_not_end_a_newer_delivery_to_the_same_worker(
+    space: Space, gate: Gate
+) -> None:
+    deaf = flow("a -> b", a=gate.data | {"type": "deaf"})
+    worker = space.worker()
+    run = await deaf.run({}, space.executor)
+    await gate.reached("a")
+    other = Hand(space, deaf, run, alive=60)
+    job = space.redis.lmove(worker.processing, other.processing, "RIGHT", "LEFT")
+    await gate.reached("late")  # for the audit has told it
+
+    await other.view.change(RELEASE, job=job)
+    await gate.reached("a", 2)
+    gate.open("late")
+    await wait_until(lambda: len(worker._tasks) == 1)
+    gate.open("a")
+
+    assert (await end_of(run)).status == COMPLETED and not space.lists()
 
 
 async def test_a_node_that_blocks_its_worker_is_warned_of_and_runs_to_its_end(
@@ -2707,6 +2798,54 @@ async def test_a_reply_that_takes_long_is_waited_for_longer(
 
     assert await asyncio.wait_for(slow, 10) is None
     await link.close()
+
+
+async def test_after_an_outage_others_are_given_the_time_for_which_they_may_still_wait(
+    space: Space,
+) -> None:
+    link, real = agentflow.Link(space.url), agentflow.Link._exchange
+    asked: list[float] = []
+
+    async def exchange(commands: list[Any], patience: float) -> list[Any]:
+        asked.append(patience)
+        if len(asked) < 8:
+            raise exceptions.ConnectionError
+        return await real(link, commands, patience)
+
+    link._exchange = exchange  # type: ignore[method-assign]
+    assert await link.send("EXISTS", space.key("none")) == 0
+
+    assert asked[-1] == max(asked) < link.back_since - time.monotonic() + 6  # the usual lease
+    await link.close()
+
+
+async def test_a_worker_that_was_full_when_its_master_was_demoted_goes_on(
+    tmp_path: Path, gate: Gate
+) -> None:
+    old, new = Server(tmp_path / "old"), Server(tmp_path / "new")
+    old.start(), new.start()
+    new.client.execute_command("REPLICAOF", "127.0.0.1", old.port)
+    name = faults.Proxy(old.port, Counter())
+    listening = await asyncio.start_server(name.serve, "127.0.0.1", 0)
+    space, port = Space(new, tmp_path), listening.sockets[0].getsockname()[1]
+    url = space.url.replace(str(new.port), str(port))
+    worker = space.worker(url, concurrency=1)
+    executor, gated = RedisExecutor(url, space.namespace), flow("a", a=gate.data)
+    first = await gated.run({}, executor)
+    await gate.reached("a")
+    await wait_until(lambda: new.client.info("replication")["master_link_status"] == "up")
+    await wait_until(lambda: space.redis.llen(worker.processing) == 1)
+
+    name.port = new.port
+    new.client.execute_command("REPLICAOF", "NO", "ONE")
+    old.client.execute_command("REPLICAOF", "127.0.0.1", new.port)
+    gate.open("a")
+
+    assert await first.result() == await (await gated.run({}, executor)).result()
+    await executor.link.close()
+    await space.close()
+    listening.close()
+    old.kill(), new.kill()
 
 
 async def test_what_a_demoted_master_refuses_is_asked_of_the_new_one(tmp_path: Path) -> None:
@@ -3693,6 +3832,7 @@ WRONG: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     ),
     "no Redis URL": (["--usecase", "research", "--redis", "localhost"], {}, ["redis://"]),
     "a strange Redis URL": (["--runs", "--redis", "redis://h?x=1"], {}, ["redis://"]),
+    "another strange Redis URL": (["--runs", "--redis", "redis://h?ssl=true"], {}, ["redis://"]),
     "an empty use case": (["--usecase", ""], {}, ['no use case ""', "research"]),
     "an empty run": (["--run", ""], {}, ["no run ''"]),
     "status of nothing": (["--usecase", "research", "--status"], {}, ["--run"]),
@@ -4149,6 +4289,18 @@ async def test_a_model_that_is_not_reached_is_named_without_its_keys(shell: Shel
         each.process.send_signal(signal.SIGINT)
         await each.end()
         assert not SECRETS.search(each.out + each.err), each.err
+
+
+SHOWN = {
+    "redis://me:secret@host:1/2?x=secret": "redis://host:1/2",
+    "redis://host?password=a@secret": "redis://...",
+    "unix://me:se@cret@/run/redis": "unix:///run/redis",
+}
+
+
+@pytest.mark.parametrize("url", SHOWN)
+def test_a_url_is_shown_without_its_secrets(url: str) -> None:
+    assert client.public(url) == SHOWN[url]
 
 
 async def test_a_rediss_url_speaks_tls_before_it_says_a_password() -> None:

@@ -69,10 +69,10 @@ def load(folder: str | Path) -> Registry:
 # ── 2. Parts ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _texts(value: Any) -> bool:
-    """Whether it is a string, or a list of some, none of them empty."""
+def _paths(value: Any) -> bool:
+    """Whether it is a path, or a list of some: texts that begin with a key."""
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(text, str) and text for text in values)
+    return bool(values) and all(isinstance(v, str) and v.partition("/")[0] for v in values)
 
 
 def _safe_id(value: Any) -> bool:
@@ -84,7 +84,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "text": ("a string that is not empty", lambda v: isinstance(v, str) and v != ""),
     "inputs": (
         "an object of name: key, or name: list of keys",
-        lambda v: isinstance(v, dict) and all(map(_texts, v.values())),
+        lambda v: isinstance(v, dict) and all(map(_paths, v.values())),
     ),
     "object": ("an object", lambda v: isinstance(v, dict)),
     "list": ("a list", lambda v: isinstance(v, list)),
@@ -241,7 +241,7 @@ def check_loops(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_keys(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
     """Nodes that may run at the same time and use one key that one of them writes (I4)."""
-    writes = {id: node.writes() for id, node in flow.nodes.items()}
+    writes = {id: flow.writes(id) for id in flow.nodes}
     users: dict[str, list[str]] = {}
     for id, node in flow.nodes.items():
         for key in node.reads() | writes[id]:

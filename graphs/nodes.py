@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
 from agentflow import Child, Context, Flow, Node, Park, Permanent, Registry
 from graphs import calls
@@ -18,7 +19,7 @@ from graphs.check import KINDS, Field, check_parts, parse_json
 
 # ── 1. Texts ─────────────────────────────────────────────────────────────────────────────────
 
-NAME = re.compile(r"\{\{\s*([^{}]+?)\s*\}\}")
+NAME = re.compile(r"\{\{\s*([^{}\s][^{}]*?)\s*\}\}")
 BULLET = re.compile(r"^\s*([-*•]|\d+[.)])\s+")
 PARSE = {"parse": Field("parse", "what to make of the answer: text (default), lines or json")}
 KINDS["parse"] = ("text, lines or json", ("text", "lines", "json").__contains__)
@@ -155,6 +156,7 @@ class Switch(Choice):
 # These park: prep returns what it waits for, and is called again when ctx.results holds it.
 
 FLOW = {"workflowId": Field("id", "the flow to run", True)}
+TAKEN = WeakKeyDictionary[Registry, dict[Any, tuple[list[str], list[str]]]]()  # see takes
 
 
 class SubWorkflow(Node):
@@ -164,18 +166,28 @@ class SubWorkflow(Node):
     child = property(lambda self: str(self.data["workflowId"]))
 
     def names(self) -> list[str]:
-        graph = self.flow.registry.graphs.get(self.child)
+        return [] if "inputs" in self.data else self.takes()[1]
+
+    def takes(self) -> tuple[list[str], list[str]]:
+        """The inputs that the child needs; and these with those that it has defaults for."""
+        registry, id = self.flow.registry, self.child
         above = self.flow.id.split("/")[1:]  # a child's own children ask, too: its id has the way
         # that led to it, so that a flow that runs itself is looked into only once
-        if "inputs" in self.data or self.child in above or not isinstance(graph, dict):
-            return []
-        if any(check_parts(graph)):  # told where the child itself is checked
-            return []
-        child = Flow(f"{self.flow.id}/{self.child}", graph, self.flow.registry)
-        return sorted(child.needs | child.inputs.keys())
+        known, key = TAKEN.setdefault(registry, {}), (id, frozenset(above))
+        if key not in known:
+            known[key], graph = ([], []), registry.graphs.get(id)
+            if id not in above and isinstance(graph, dict) and not any(check_parts(graph)):
+                child = Flow(f"{self.flow.id}/{id}", graph, registry)
+                known[key] = sorted(child.needs), sorted(child.needs | child.inputs.keys())
+        return known[key]  # what is wrong with the child is told where it is checked
 
     def writes(self) -> set[str]:
         return set(self.data.get("outputs", {self.id}))
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        for name in self.takes()[0]:
+            if name not in self.inputs:
+                yield ".inputs", f'"{self.child}" needs "{name}"; give it'
 
     def runs(self) -> dict[str, bool]:
         return {self.child: True}
