@@ -1130,7 +1130,7 @@ class Link:
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
         self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange
-        self.back_since = time.monotonic()  # after the last outage
+        self.back_since = time.monotonic()  # when all are back from the last outage
         self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._flushing: asyncio.Task[None] | None = None
@@ -1177,7 +1177,7 @@ class Link:
                 await asyncio.sleep(delay)
             elif delay:
                 log.warning("redis answers again")
-                delay, self.back_since = 0.0, time.monotonic() + 10  # others may still wait
+                delay, self.back_since = 0.0, time.monotonic() + 10  # others may yet wait so long
         self._flushing = None
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
