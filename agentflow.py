@@ -971,7 +971,7 @@ COMMIT = Script("""
 if call('HGET', run, 'version') ~= a.seen then
   return {call('HGETALL', run), call('HGETALL', context)}
 end
-call('EXPIRE', run, 30 * 86400)  -- which Redis allows when it is full, and what follows it, too
+call('EXPIRE', run, 30 * 86400)  -- allowed when Redis is full, and so is then what follows
 for kind, count in pairs(call('EXISTS', root) == 1 and a.usage or {}) do
   call('HINCRBY', root, 'usage ' .. kind, count)
 end
@@ -1378,7 +1378,8 @@ class RedisRun(Run):
             resumed = await self.change(RESUME, values=ctx.changes, event=event, **a)
 
     async def answer(self, node: str, value: Any) -> None:
-        """Answer what a node asks, as a MemoryRun does."""
+        """Answer what a node asks. The first answer wins. RunError if it asks nothing, ValueError
+        if the answer is not JSON."""
         await self.read()
         job = f"{self.id}/{node}/{self.state.tokens.get(node)}"
         told = f'["{COMPLETED}",{to_json(value, "the answer")}]'
