@@ -20,27 +20,27 @@ The words, each with an example:
     action    what a node answers                               "default", "more", "error"
     context   a run's data: string keys, JSON values            {"name": "Ada"}
     run       one execution of a flow                           "5f0c1a..."
-    token     stands at a node, one at most, with a mark:       {"hello": "8d1f03..."}
-              "waiting", "returned" (to a loop's head) or, once it may run (is active), a random id
+    token     stands at a node, one at most; its mark is        {"hello": "8d1f03..."}
+              "waiting", "returned" (to a loop's head) or, of an active node, a random id
     job       one activation of one node: run/node/mark;        "5f0c1a.../hello/8d1f03..."
               what the queue moves, and an idempotency key
     visit     which activation of its node this is since its loop was entered; 1 outside of loops
     child     a run that a node has started, and waits for; the root is the run that a user started
     parked    a job that waits for its children, for a person, or for a resume: no worker has it
-    custody   a worker's, of the jobs in its own list, until they end, are parked or given back
+    custody   a worker has it of the jobs in its list, until they end, are parked or given back
     heartbeat a key with a TTL (the lease) by which a worker shows that it lives
-    delivery  one time that a job comes to a worker: a second one follows when the first one dies
+    delivery  a job's coming to a worker; if that worker dies, there will be another
     executor  where a flow runs: InMemoryExecutor, RedisExecutor, or one of your own
 
 What holds, whatever is killed, whenever; each is named where it is upheld:
 
     I1  A node may execute more than once; its effect on the run commits at most once, and exactly
         once in a run that completes.
-    I2  Each active token of a running or failed run is in exactly one place: the ready list, one
-        worker's processing list, or parked.
+    I2  The job of each active token of a running or failed run is in exactly one place: the ready
+        list, one worker's processing list, or parked.
     I3  A run that can move moves; one that cannot says why. No job is dropped in silence.
     I4  With deterministic nodes, executors agree in the context and in each (node, visit, action).
-    I5  No key outlives its TTL; a finished run leaves nothing else behind.
+    I5  Every key of a run has a TTL; a run that has ended leaves nothing else behind.
 
 Sections: 1 Context, 2 Node, 3 Flow and the one rule, 4 Registry, 5 In memory,
 6 Redis: keys and scripts, 7 Redis: starting and steering runs, 8 Redis: the worker.
@@ -157,8 +157,8 @@ class Context:
 
 
 # ── 2. Node ──────────────────────────────────────────────────────────────────────────────────
-# One step of a graph. A node type is a subclass; a node is one instance a flow, so it keeps no
-# state of an activation: that travels from prep to exec to post.
+# One step of a graph. A node type is a subclass. A flow has one instance of each node, for all its
+# activations at once, so it keeps no state of one: that travels from prep to exec to post.
 
 DEFAULT = "default"  # the action of a node that answers nothing else, and of a plain edge
 ERROR = "error"  # the action of a node that has failed for good, where an edge carries it
@@ -639,8 +639,8 @@ class Executor(Protocol):
 
 
 def new_id() -> str:
-    """A random id: of a run, or of its version, which is another after each change (see COMMIT) and
-    also the mark of the tokens that this change makes active."""
+    """A random id: a run's; or a change's, which becomes the run's version (see COMMIT, section 6)
+    and the mark of the tokens that this change makes active."""
     return secrets.token_hex(8)
 
 
@@ -788,7 +788,7 @@ class MemoryRun(Run):
 #   ready                 list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
 #   processing:<worker>   list        the jobs in this worker's custody
 #   workers               sorted set  who exists, by when they were last heard of
-#   worker:<worker>       string      there while the worker lives (a TTL): what it is doing
+#   worker:<worker>       string      its heartbeat, there while it lives (TTL): what it does
 #   runs                  sorted set  runs that a user started, by the time of starting
 #   run:<id>              hash        origin, status, version, state, steered, crashes, error, usage
 #   run:<id>:context      hash        one field a context key: its value as JSON text
@@ -821,7 +821,7 @@ class Origin:
     dry_run: bool = False
     depth: int = 0
     parent: str = ""  # of a child: the job that waits for it,
-    index: int = 0  # and the how-many-th of that job's children it is
+    index: int = 0  # and its place among that job's children, from 0
     gives: list[str] | None = None
 
 
@@ -859,7 +859,7 @@ local function park(jobs)
   for _, job in ipairs(jobs) do call('HSET', parked, job .. ' is parked', 1) end
 end
 -- What a job waits for is written once, and before any child that will give it is there: whoever
--- cancels the run must find the children. A failure takes as much off `left` as all of them.
+-- cancels the run must find the children.
 local function expect(parked, job)
   local question = a.question or ''
   if call('HSETNX', parked, job, question) == 1 then
@@ -869,8 +869,8 @@ local function expect(parked, job)
   end
   return tonumber(call('HGET', parked, job .. ' count'))
 end
--- A child's end, or a person's answer, is written once, and queues the job if it is parked and has
--- something to read.
+-- A child's end, or a person's answer, is written once. All of them, or one failure, which takes as
+-- much off `left` as all, queue the job, if it is parked and its run is running.
 local function tell(run, parked, job, index, status)
   if call('EXISTS', run) == 0 or call('HEXISTS', parked, job) == 0 then return 0 end
   if call('HSETNX', parked, job .. ' ' .. index, a.told) == 0 then return 0 end
@@ -908,8 +908,8 @@ class Script:
         return ("EVALSHA", self.digest, len(keys), *keys, encode(a), *flat)
 
 
-# START makes a run and queues its start nodes: once; a child only while its parent's job is active,
-# and has not been told of it (I1). The first START settles how many children its job has.
+# START makes a run and queues its start nodes: once; a child only while its parent is running, with
+# the job active and not yet told of this child (I1). The first START settles how many there are.
 #   KEYS  .. runs
 #   a     run version origin state jobs event parent, text or index count
 START = Script("""
@@ -961,9 +961,9 @@ return {call('HGETALL', run), call('HGETALL', context), told}
 # COMMIT is the only way in which a run moves: it records what came of one or more of its jobs, if
 # the run's version is still the one that the decision was made from, else nothing (I1). It asks for
 # no custody: of two workers that did one job the first to commit wins; the other finds the version
-# changed and, deciding anew, its token gone. The version changes with the status or state, and when
-# a job is parked or told; it is random, for a Redis that lost a second would give numbers twice. A
-# failed run keeps what its other nodes still finish; what comes next is parked until a resume.
+# changed and, deciding anew, its token gone. The version changes with status or state, when a job
+# of a running run begins to wait, and when one is told; it is random, as a Redis that lost a second
+# would count twice. A failed run keeps what others still finish; what follows waits for a resume.
 #   KEYS  .. copy
 #   a     seen version jobs state usage done keep queue, status error event parent index told
 #   gives nothing, or the fields and the context that stand there instead
@@ -998,7 +998,7 @@ end
 # counts the job's crashes anew, and asks its question again: the answer may be what it failed of.
 #   KEYS  .. parents_parked
 #   a     job version status error event parent index told
-#   gives the status that it found, or nothing without custody
+#   gives the status that it found, 'running' to a repeat, or nothing without custody
 END = Script("""
 if is_repeat() then return 'running' end
 if a.job and call('LREM', mine, 0, a.job) == 0 then return end
@@ -1020,8 +1020,8 @@ return status
 
 # RELEASE takes a job from a worker's list and puts it where it belongs (I2): back to where jobs are
 # taken next or, with a `count` of what it waits for, aside, until it has something to read; aside
-# until a resume, if its run has failed; and nowhere, if it is done. With `dead` it is taken only
-# while the worker's heartbeat is missing; with `crashed` that is counted.
+# until a resume, if its run has failed; nowhere, if it is done or its run cancelled. With `dead` it
+# is taken only while the worker's heartbeat is missing; `crashed` adds to the job's crashes.
 #   KEYS  .. heartbeat, or .. root for a job that waits
 #   a     job dead crashed, version count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
@@ -1130,7 +1130,7 @@ class Link:
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
         self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange
-        self.back_since = time.monotonic()  # when all are back from the last outage
+        self.back_since = time.monotonic()  # after an outage: when all others are back, too
         self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._flushing: asyncio.Task[None] | None = None
@@ -1324,7 +1324,7 @@ class RedisRun(Run):
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
         last, send = "-", self.executor.send
-        while True:  # the status first: if it is final, all that comes next is there to be read
+        while True:  # the status first: all events up to the run's end are then there to be read
             status = await send("HGET", self.keys[RUN], "status")
             found = await send("XRANGE", self.keys[EVENTS], last, "+", "COUNT", 1000)
             for id, fields in found:
@@ -1354,7 +1354,7 @@ class RedisRun(Run):
             with suppress(RunError):  # it has ended before
                 await child.cancel("with its parent")
         if found not in (RUNNING, FAILED):
-            raise RunError(f"run {self.id} is {found} already")
+            raise RunError(f"run {self.id} is {found or 'gone'} already")
 
     async def resume(self, inputs: Mapping[str, Any] = {}) -> None:
         """Go on from exactly where the run, and children that it waits for, failed, with these
@@ -1610,9 +1610,9 @@ class Worker:
                 room = self._room(len(ended)) if run.phase == RUNNING else 0
                 keep, queue = ready[:room], ready[room:]
                 reply = run.change(COMMIT, keep=keep, queue=queue, **a)
-                more = max(0, len(keep) - len(ended))  # than take over the room of what has ended
-                if found := await self._bringing(more, reply):  # moved; or sent twice: see _audit
-                    run.update(*found)
+                extra = max(0, len(keep) - len(ended))  # the others take the room of what has ended
+                if found := await self._bringing(extra, reply):  # the run has moved first; or this
+                    run.update(*found)  # was sent twice: then _audit gives back what it has kept
                     continue
                 run.version, run.state = a["version"], state
                 run.context = run.context | a["values"]
@@ -1631,7 +1631,7 @@ class Worker:
         self, job: str, claimed: Claimed
     ) -> tuple[dict[str, Outcome], State, list[str], dict[str, Any]] | None:
         """What the held jobs of a run that have ended lead to: their outcomes, the new state, the
-        jobs that may then run, and the arguments of COMMIT; None if this one is out of date."""
+        jobs that may then run, and the arguments of COMMIT; None if this one must not commit."""
         run, flow, version = claimed.run, claimed.node.flow, new_id()
         state, ready, done, usage = run.state, list[str](), list[str](), Counter[str]()
         changes = dict[str, str]()
@@ -1707,7 +1707,7 @@ class Worker:
                 await self._watch()
                 await self._reap()
             except Exception as error:  # the next beat is to come all the same
-                log.error("Redis refused a command, which a permission may lack: %s", error)
+                log.error("Redis refused a command, perhaps for want of a permission: %s", error)
 
     async def _beat(self) -> None:
         now = time.monotonic()

@@ -4291,16 +4291,16 @@ async def test_a_model_that_is_not_reached_is_named_without_its_keys(shell: Shel
         assert not SECRETS.search(each.out + each.err), each.err
 
 
-SHOWN = {
+PUBLIC = {
     "redis://me:secret@host:1/2?x=secret": "redis://host:1/2",
     "redis://host?password=a@secret": "redis://...",
     "unix://me:se@cret@/run/redis": "unix:///run/redis",
 }
 
 
-@pytest.mark.parametrize("url", SHOWN)
+@pytest.mark.parametrize("url", PUBLIC)
 def test_a_url_is_shown_without_its_secrets(url: str) -> None:
-    assert client.public(url) == SHOWN[url]
+    assert client.public(url) == PUBLIC[url]
 
 
 async def test_a_rediss_url_speaks_tls_before_it_says_a_password() -> None:
