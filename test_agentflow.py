@@ -2800,6 +2800,29 @@ async def test_a_reply_that_takes_long_is_waited_for_longer(
     await link.close()
 
 
+async def test_a_demoted_master_of_version_6_is_left_too(space: Space) -> None:
+    link, key = agentflow.Link(space.url), space.key("none")
+    await link.send("EXISTS", key)
+    connection, left = link._connection, []
+    read, disconnect = connection.read_response, connection.disconnect
+    said = ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
+
+    async def read_response(*args: Any, **more: Any) -> Any:
+        reply = await read(*args, **more)
+        if said:
+            raise exceptions.ResponseError(said.pop())
+        return reply
+
+    async def leave(*args: Any, **more: Any) -> None:
+        left.append(1)
+        await disconnect(*args, **more)
+
+    connection.read_response, connection.disconnect = read_response, leave
+
+    assert await link.send("EXISTS", key) == 0 and left
+    await link.close()
+
+
 async def test_after_an_outage_others_are_given_the_time_for_which_they_may_still_wait(
     space: Space,
 ) -> None:
