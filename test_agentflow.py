@@ -2845,7 +2845,7 @@ async def test_after_an_outage_others_are_given_the_time_for_which_they_may_stil
 async def test_a_worker_that_was_full_when_its_master_was_demoted_goes_on(
     tmp_path: Path, gate: Gate
 ) -> None:
-    old, new = Server(tmp_path / "old"), Server(tmp_path / "new")
+    old, new = (Server(tmp_path / each, "--cluster-enabled", "no") for each in ("old", "new"))
     old.start(), new.start()
     new.client.execute_command("REPLICAOF", "127.0.0.1", old.port)
     name = faults.Proxy(old.port, Counter())
@@ -2872,7 +2872,7 @@ async def test_a_worker_that_was_full_when_its_master_was_demoted_goes_on(
 
 
 async def test_what_a_demoted_master_refuses_is_asked_of_the_new_one(tmp_path: Path) -> None:
-    old, new = Server(tmp_path / "old"), Server(tmp_path / "new")
+    old, new = (Server(tmp_path / each, "--cluster-enabled", "no") for each in ("old", "new"))
     old.start(), new.start()
     name = faults.Proxy(old.port, Counter())  # which leads to the master, as a DNS name does
     listening = await asyncio.start_server(name.serve, "127.0.0.1", 0)
