@@ -697,6 +697,7 @@ class MemoryRun(Run):
         self.tasks = [asyncio.create_task(self._branch(ready))]  # or they might be collected
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
+        """What has happened, from the start; to follow it, also what happens until the end."""
         seen = 0
         while (follow and self.phase == RUNNING) or seen < len(self.log):
             if seen == len(self.log):
@@ -705,6 +706,7 @@ class MemoryRun(Run):
             seen += 1
 
     async def status(self) -> Status:
+        """Where the run stands now."""
         more = {"error": self.error, "usage": dict(self.usage), "tokens": self.state.tokens}
         return Status.of(self, self.flow.id, self.phase, self.values, **more)
 
@@ -1154,7 +1156,7 @@ class Link:
             batch = [each for each in self._queue if not each[1].cancelled()]
             self._queue = []
             wait = 0.1  # what Redis refuses for now, as it is full, must not hold up the rest
-            try:
+            try:  # with more patience in an outage: perhaps it is only a reply that takes long
                 replies = await self._exchange([command for command, _ in batch], 3 + 10 * delay)
             except Exception as error:
                 replies, wait = [error] * len(batch), min(1.0, 2 * delay or 0.05)
@@ -1181,8 +1183,9 @@ class Link:
         self._flushing = None
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
-        """The replies, a refused command's error among them. Packed and sent in one go, which
-        costs a worker a sixth less than a pipeline of redis-py."""
+        """The replies, a refused command's error among them. TimeoutError after `patience` seconds
+        and one for each MB sent. Packed and sent in one go, which costs a worker a sixth less than
+        a pipeline of redis-py."""
         loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
         packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
         replies: list[Any] = []
@@ -1235,6 +1238,7 @@ class RedisExecutor:
         await self.link.client.lmove(probe, probe, "RIGHT", "LEFT")
 
     async def run(self, flow: Flow, inputs: Mapping[str, Any], dry_run: bool = False) -> RedisRun:
+        """Queue the start nodes of a new run. RunError where an input is missing or not JSON."""
         digest, graph = flow.bundle
         id = new_id()
         run = RedisRun(self, id, Origin(flow.id, digest, id, dry_run))
@@ -1323,6 +1327,7 @@ class RedisRun(Run):
         return Status.of(self, self.origin.flow, self.phase, self.context, **more)
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
+        """What has happened, from the start; to follow it, also what happens until the end."""
         last, send = "-", self.executor.send
         while True:  # the status first: all events up to the run's end are then there to be read
             status = await send("HGET", self.keys[RUN], "status")
@@ -1472,7 +1477,8 @@ class Worker:
     # or given back. This worker forgets it before Redis ends its custody, for it may come back at
     # once; only a committed job cannot, and is forgotten after.
 
-    def _room(self, ended: int = 0) -> int:  # when so many of the jobs held have ended
+    def _room(self, ended: int = 0) -> int:
+        """For how many more jobs there is room, when so many of those held have ended."""
         free = self.concurrency - len(self.held) - self._asked + ended
         return 0 if self.stopping or self._suspect else max(0, free)
 
@@ -1611,8 +1617,9 @@ class Worker:
                 keep, queue = ready[:room], ready[room:]
                 reply = run.change(COMMIT, keep=keep, queue=queue, **a)
                 extra = max(0, len(keep) - len(ended))  # the others take the room of what has ended
-                if found := await self._bringing(extra, reply):  # the run has moved first; or this
-                    run.update(*found)  # was sent twice: then _audit gives back what it has kept
+                # Refused: the run has moved; or this was sent twice, and _audit finds what it kept.
+                if found := await self._bringing(extra, reply):
+                    run.update(*found)
                     continue
                 run.version, run.state = a["version"], state
                 run.context = run.context | a["values"]

@@ -92,9 +92,10 @@ def parse() -> argparse.Namespace:
         parser.error(f"{' and '.join(courses)}: one at a time")
     if args.json and (args.draw or args.explain):
         parser.error("--draw and --explain give a text, and no JSON")
-    if args.run is not None and args.input and not args.resume:
+    if about == "run" and args.input and not args.resume:
         parser.error("--input goes with --usecase or --resume")
-    args.wait |= args.local or (args.json and not args.run)
+    args.about = about
+    args.wait |= args.local or (args.json and about == "usecase")
     return args
 
 
@@ -278,8 +279,8 @@ if __name__ == "__main__":
     try:
         getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # unless it is closed
         set_up(args)
-        starts = args.usecase is not None or args.list
-        asyncio.run((steer if args.run is not None else start if starts else overview)(args))
+        does = {"usecase": start, "list": start, "run": steer}.get(args.about, overview)
+        asyncio.run(does(args))
     except (GraphError, RunError, RedisError) as error:
         say(str(error))
         sys.exit(2)

@@ -281,6 +281,16 @@ class Deaf(Node):
             raise Permanent("it heard nothing") from None
 
 
+class Numbered(Node):
+    """Counts how many of it have been made."""
+
+    made = 0
+
+    def __init__(self, flow: agentflow.Flow, spec: Any) -> None:
+        super().__init__(flow, spec)
+        Numbered.made += 1
+
+
 class Rehearsed(Node):
     """Calls out; in a dry run it does not."""
 
@@ -294,6 +304,7 @@ class Rehearsed(Node):
 TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison": Poison}
 TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
 TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender, "deaf": Deaf}
+TYPES |= {"numbered": Numbered}
 for name, node_type in TYPES.items():
     Registry.add(name, node_type)
 
@@ -1912,21 +1923,17 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert client.values("--input", [f"x=@{tmp_path}/value"]) == {"x": [1]}
 
 
-def test_a_sub_flow_that_many_share_is_looked_into_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = {f"f{i}": graph("a -> b", a=SUB, b=SUB) for i in range(16)}
+def test_a_sub_flow_that_many_share_is_not_looked_into_once_for_each_way_to_it() -> None:
+    graphs = {f"f{i}": graph("a -> b", a=SUB, b=SUB) for i in range(12)}
     for i, each in enumerate(graphs.values()):
         for node in each["nodes"]:
             node["data"]["workflowId"] = f"f{i + 1}"
-    built, build = Counter[str](), agentflow.Flow._analyse
+    before = Numbered.made
 
-    def analyse(flow: agentflow.Flow) -> None:
-        built[flow.id] += 1
-        build(flow)
+    found = Registry(graphs | {"f12": graph("a", {"x": 1}, a={"type": "numbered"})})["f0"]
 
-    monkeypatch.setattr(agentflow.Flow, "_analyse", analyse)
-    found = Registry(graphs | {"f16": graph("a", {"x": 1})})["f0"]
-
-    assert found.bundle and built.total() < 1000  # of 65,536 ways
+    assert found.nodes["a"].inputs == {"x": ["x"]}
+    assert 0 < Numbered.made - before < 100  # there are 4,096 ways
 
 
 STRANGE_TYPES = ["os.system", "builtins.eval", "Node", "__import__('os')", "graphs.nodes.Output"]
@@ -2787,16 +2794,12 @@ async def test_what_nobody_waits_for_any_more_is_not_sent_again(tmp_path: Path) 
     server.kill()
 
 
-async def test_a_reply_that_takes_long_is_waited_for_longer(
-    space: Space, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timeout = asyncio.timeout
-    monkeypatch.setattr(asyncio, "timeout", lambda seconds: timeout(seconds / 20))
+async def test_a_reply_that_takes_long_is_waited_for_longer(space: Space) -> None:
     link = agentflow.Link(space.url)
 
-    slow = link.send("BLPOP", space.key("none"), 0.3)  # 20 times as slow would be a large context
+    slow = link.send("BLPOP", space.key("none"), 3.2)  # as slow as a large context may be
 
-    assert await asyncio.wait_for(slow, 10) is None
+    assert await asyncio.wait_for(slow, 30) is None
     await link.close()
 
 
@@ -3331,23 +3334,24 @@ async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
     assert len(gate.begun("x")) == 1
 
 
-async def test_a_resume_of_a_child_that_fails_again_at_once_ends(
-    space: Space, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_resume_of_a_child_that_fails_again_at_once_ends(space: Space, gate: Gate) -> None:
     parent = family("s", s=SUB, c_x=gate.data | gate.broken | {"holds": 0})
     space.worker()
     run = await parent.run({}, space.executor)
     await end_of(run)
     [child] = await run.children()
-    change = RedisRun.change
+    far = RedisExecutor(space.url, space.namespace)
+    send = far.send
 
-    async def late(run: RedisRun, *args: Any, **more: Any) -> Any:
-        if args[0] is RESUME and run.id != child.id:
+    async def late(*command: Any) -> Any:  # which is a script, and the keys of a run, or is none
+        if command[1] == RESUME.digest and command[3] == run.keys[0]:
             await wait_until(lambda: is_status(child, FAILED))
-        return await change(run, *args, **more)
+        return await send(*command)
 
-    monkeypatch.setattr(RedisRun, "change", late)
-    await asyncio.wait_for(run.resume(), 10)
+    far.send = late  # type: ignore[assignment]
+    seen_from_far = await far.find(run.id)
+    await asyncio.wait_for(seen_from_far.resume(), 10)
+    await far.link.close()
 
     assert (await end_of(run)).status == FAILED and len(gate.begun("x")) == 2
 
@@ -4664,11 +4668,8 @@ def test_each_public_name_of_the_engine_says_what_it_promises() -> None:
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     found = [node for at in (tree, *classes) for node in at.body if isinstance(node, kinds)]
 
-    silent = [node for node in found if node.name[0] != "_" and not ast.get_docstring(node)]
-    protocols = [at for at in classes if "Protocol" in map(ast.unparse, at.bases)]
-    said = {node.name for at in protocols for node in at.body if node in found}
-    assert said == {"events", "status", "result", "run"}  # once, for whoever keeps it
-    assert [node.name for node in silent if node.name not in said] == []
+    public = [node for node in found if not node.name.startswith("_")]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
 @pytest.mark.parametrize("name", ["agentflow.py", "test_agentflow.py", ".ci/prove.py"])

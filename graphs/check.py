@@ -46,9 +46,8 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"{text:.40} is not JSON: no finite number")
         return value
 
-    finds: dict[str, Any] = {"object_pairs_hook": unique, "parse_float": finite}
     try:
-        return json.loads(text, **finds, parse_constant=finite)
+        return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

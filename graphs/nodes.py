@@ -156,7 +156,7 @@ class Switch(Choice):
 # These park: prep returns what it waits for, and is called again when ctx.results holds it.
 
 FLOW = {"workflowId": Field("id", "the flow to run", True)}
-TAKEN = WeakKeyDictionary[Registry, dict[Any, tuple[list[str], list[str]]]]()  # see takes
+TAKEN = WeakKeyDictionary[Registry, dict[Any, tuple[set[str], set[str]]]]()  # what takes found
 
 
 class SubWorkflow(Node):
@@ -166,28 +166,28 @@ class SubWorkflow(Node):
     child = property(lambda self: str(self.data["workflowId"]))
 
     def names(self) -> list[str]:
-        return [] if "inputs" in self.data else self.takes()[1]
+        return [] if "inputs" in self.data else sorted(self.takes()[1])
 
-    def takes(self) -> tuple[list[str], list[str]]:
+    def takes(self) -> tuple[set[str], set[str]]:
         """The inputs that the child needs; and these with those that it has defaults for."""
         registry, id = self.flow.registry, self.child
         above = self.flow.id.split("/")[1:]  # a child's own children ask, too: its id has the way
         # that led to it, so that a flow that runs itself is looked into only once
         known, key = TAKEN.setdefault(registry, {}), (id, frozenset(above))
         if key not in known:
-            known[key], graph = ([], []), registry.graphs.get(id)
+            needs, defaults, graph = set[str](), set[str](), registry.graphs.get(id)
             if id not in above and isinstance(graph, dict) and not any(check_parts(graph)):
                 child = Flow(f"{self.flow.id}/{id}", graph, registry)
-                known[key] = sorted(child.needs), sorted(child.needs | child.inputs.keys())
+                needs, defaults = child.needs, {*child.inputs}
+            known[key] = needs, needs | defaults
         return known[key]  # what is wrong with the child is told where it is checked
 
     def writes(self) -> set[str]:
         return set(self.data.get("outputs", {self.id}))
 
     def check(self) -> Iterator[tuple[str, str]]:
-        for name in self.takes()[0]:
-            if name not in self.inputs:
-                yield ".inputs", f'"{self.child}" needs "{name}"; give it'
+        for name in sorted(self.takes()[0] - self.inputs.keys()):
+            yield ".inputs", f'"{self.child}" needs "{name}"; give it'
 
     def runs(self) -> dict[str, bool]:
         return {self.child: True}
