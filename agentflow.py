@@ -1496,7 +1496,7 @@ class Worker:
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
-            await self.executor.link.client.connection_pool.disconnect()  # see READONLY
+            await self.executor.link.client.connection_pool.disconnect()  # see READONLY in Link
             await asyncio.sleep(0.2)
 
     async def _bringing(self, count: int, reply: Awaitable[Any]) -> Any:
