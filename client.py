@@ -90,6 +90,8 @@ def parse() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} does not go with --{about}; see --help")
     if len(courses := [f"--{name}" for name in COURSES if name in given]) > 1:
         parser.error(f"{' and '.join(courses)}: one at a time")
+    if len(args.answer or ()) > 1:
+        parser.error("--answer: one at a time")
     if args.json and (args.draw or args.explain):
         parser.error("--draw and --explain give a text, and no JSON")
     if about == "run" and args.input and not args.resume:
@@ -287,5 +289,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         say("the run ends here" if args.local else "the run goes on; --run ID --wait follows it")
         sys.exit(130)
-    except BrokenPipeError:  # nobody reads on; an ordinary exit would try once more, and complain
+    except OSError as error:  # of stdout; an ordinary exit would try once more, and complain
+        if not isinstance(error, BrokenPipeError):  # else nobody wants to read on
+            say(f"cannot go on: {error}")
         os._exit(1)

@@ -2118,6 +2118,13 @@ async def test_a_request_goes_to_http_and_https_only(executor: Any, url: str) ->
     assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:99999", "127.0.0.1:http", "[::1"])
+async def test_a_url_without_a_host_or_port_is_said_to_be_none(host: str) -> None:
+    end = await in_memory(flow("a", a=HTTP | {"url": f"http://{host}/"}))
+
+    assert "that is not the URL of a server: " in end.error
+
+
 @pytest.mark.parametrize("value", ["a\r\nEvil: yes", "a\nb", "\0", "\x7f", "a\u2028b", "\x85"])
 async def test_a_header_takes_no_control_characters(
     executor: Any, model: Model, value: str
@@ -3867,6 +3874,7 @@ WRONG: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "a waiting list": (["--list", "--wait"], {}, ["--wait does not go with --list"]),
     "a JSON drawing": (["--usecase", "research", "--draw", "--json"], {}, ["no JSON"]),
     "an end and no end": (["--run", "0123", "--cancel", "--resume"], {}, ["one at a time"]),
+    "two answers": (["--run", "0123", "--answer", "a=1", "--answer", "b=1"], {}, ["one at a time"]),
 }
 
 
@@ -4095,6 +4103,12 @@ async def test_a_pipe_that_nobody_reads_is_no_crash(shell: Shell) -> None:
     assert typed[-1].out.count("\n") == 1
     await run.cancel()
     shell.space.worker()
+
+
+async def test_a_full_disk_is_said_in_a_line(shell: Shell) -> None:
+    typed = await shell.start("client", "--list", where=">/dev/full").end()
+
+    assert (typed.code, typed.err.count("\n")) == (1, 1) and "No space left" in typed.err
 
 
 @pytest.mark.parametrize("where", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])

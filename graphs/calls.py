@@ -80,7 +80,12 @@ def model_status() -> str:
 
 async def fetch(request: dict[str, Any]) -> str:
     """The text that an HTTP request gets: `method`, `url`, `headers` and `content`."""
-    host, text = urlsplit(request["url"]).hostname, ""
+    try:
+        parts = urlsplit(request["url"])
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:  # which the port raises, for instance
+        raise Permanent(f"that is not the URL of a server: {error}") from None
+    text = ""
     _, httpx2, client = await connect()
     try:
         async with client, client.stream(**request) as response:
