@@ -1139,8 +1139,9 @@ class Link:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._connection.disconnect()
-        await self.client.aclose()
+        await self._connection.disconnect(nowait=True)
+        with suppress(exceptions.TimeoutError):  # of a Redis that hangs
+            await self.client.aclose()
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
         """The reply, some time; ResponseError where Redis refuses the command for good."""
@@ -1496,7 +1497,8 @@ class Worker:
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
-            await self.executor.link.client.connection_pool.disconnect()  # see READONLY in Link
+            with suppress(exceptions.TimeoutError):
+                await self.executor.link.client.aclose()  # see READONLY in Link
             await asyncio.sleep(0.2)
 
     async def _bringing(self, count: int, reply: Awaitable[Any]) -> Any:

@@ -2810,6 +2810,21 @@ async def test_a_reply_that_takes_long_is_waited_for_longer(space: Space) -> Non
     await link.close()
 
 
+async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    server.start()
+    link = agentflow.Link(server.url)
+    await link.send("EXISTS", "a")
+
+    server.process.send_signal(signal.SIGSTOP)
+    large = link.send("SET", "a", "a" * 2**25)
+    assert not (await asyncio.wait([large], timeout=0.5))[0]
+    await link.close()
+
+    large.cancel()
+    server.kill()
+
+
 async def test_a_demoted_master_of_version_6_is_left_too(space: Space) -> None:
     link, key = agentflow.Link(space.url), space.key("none")
     await link.send("EXISTS", key)
