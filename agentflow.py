@@ -264,9 +264,10 @@ class Outcome(NamedTuple):
     event: dict[str, Any]  # what is recorded of it
 
 
-def is_count(number: Any) -> bool:
-    """Whether it can be added to a run's usage."""
-    return type(number) is int and abs(number) <= MAX_COUNT
+def counts(kind: Any, number: Any) -> bool:
+    """Whether so many model tokens of this kind can be added to a run's usage."""
+    named = isinstance(kind, str) and kind.isprintable()
+    return named and type(number) is int and abs(number) <= MAX_COUNT
 
 
 async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
@@ -293,8 +294,8 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action not in (DEFAULT, *node.actions):
             raise ValueError(f"its action {action!r:.80} is on none of its edges")
-        if odd := [n for n in ctx.usage.values() if not is_count(n)]:
-            raise ValueError(f"its usage counts whole tokens, not {odd[0]!r:.80}")
+        if odd := [each for each in ctx.usage.items() if not counts(*each)]:
+            raise ValueError(f"its usage is whole tokens by kind, not {odd[0]!r:.80}")
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError):
             if (task := asyncio.current_task()) and task.cancelling():
@@ -305,7 +306,7 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         if ERROR not in node.actions:
             raise RunError(text) from error
         action, ctx.changes = ERROR, {node.id: encode(text)}
-    usage = {kind: n for kind, n in ctx.usage.items() if is_count(n)}
+    usage = {kind: n for kind, n in ctx.usage.items() if counts(kind, n)}
     event = {"node": node.id, "visit": ctx.visit, "action": action, "usage": usage}
     event["seconds"] = round(time.monotonic() - started, 3)
     return Outcome(action, ctx.changes, usage, event)
@@ -323,7 +324,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> 
         except Permanent:
             raise
         except TryLater as error:  # bounded by time, not by count
-            reason, delay = str(error), error.after or delay
+            reason, delay = str(error), max(0.0, error.after or 0) or delay
             if time.monotonic() - started + delay > PATIENCE:
                 raise
         except Exception as error:
@@ -623,9 +624,9 @@ class Run(Protocol):
 
     async def result(self) -> Any:
         """Wait for the end and give the result; RunError where the run failed or was cancelled."""
-        async for _ in self.events():
-            pass
-        end = await self.status()
+        while (end := await self.status()).status == RUNNING:  # still, or again
+            async for _ in self.events():
+                pass
         if end.status != COMPLETED:
             raise RunError(failure_of(self.id, end.flow, end.status, end.error))
         return end.result
@@ -726,6 +727,9 @@ class MemoryRun(Run):
                 ready = self._commit(ready[0], await self._activate(ready[0]))
         except RunError as error:
             self._end(FAILED, str(error))
+        except BaseException as error:  # a node has ended this task, and must not hang its run
+            self._end(FAILED, f"one of its nodes has ended its task: {error!r}")
+            raise
 
     async def _activate(self, id: str) -> Outcome:
         node, visit = self.flow.nodes[id], self.state.visits.get(id, 1)
@@ -871,6 +875,10 @@ local function expect(parked, job)
   end
   return tonumber(call('HGET', parked, job .. ' count'))
 end
+local function waits(job)  -- else it has news, or children to start
+  local left, missing = unpack(call('HMGET', parked, job .. ' left', job .. ' missing'))
+  return tonumber(left or 0) > 0 and tonumber(missing) <= 0
+end
 -- A child's end, or a person's answer, is written once. All of them, or one failure, which takes as
 -- much off `left` as all, queue the job, if it is parked and its run is running.
 local function tell(run, parked, job, index, status)
@@ -949,15 +957,16 @@ end
 return jobs
 """)
 
-# READ gives a run as it is at one instant: fields, context, and what one job, if named, was told.
-#   KEYS  .. parked
+# READ gives a run as it is at one instant: fields, context, what one job was told, and last, unless
+# this worker has it not (any more), its place in the list. A command that took it may be slow.
+#   KEYS  .. mine
 #   a     job
 READ = Script("""
 local told = {}
 for i = 1, call('HGET', parked, a.job .. ' count') or 0 do
   told[i] = call('HGET', parked, a.job .. ' ' .. i - 1) or 'null'
 end
-return {call('HGETALL', run), call('HGETALL', context), told}
+return {call('HGETALL', run), call('HGETALL', context), told, call('LPOS', mine, a.job)}
 """)
 
 # COMMIT is the only way in which a run moves: it records what came of one or more of its jobs, if
@@ -1023,9 +1032,10 @@ return status
 # RELEASE takes a job from a worker's list and puts it where it belongs (I2): back to where jobs are
 # taken next or, with a `count` of what it waits for, aside, until it has something to read; aside
 # until a resume, if its run has failed; nowhere, if it is done or its run cancelled. With `dead` it
-# is taken only while the worker's heartbeat is missing; `crashed` adds to the job's crashes.
+# is taken only while the worker's heartbeat is missing; `crashed` adds to the job's crashes, but
+# what has crashed twice runs alone: what its worker died of `beside` others was one of them.
 #   KEYS  .. heartbeat, or .. root for a job that waits
-#   a     job dead crashed, version count question event
+#   a     job dead crashed beside, version count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
 RELEASE = Script("""
 if a.dead and call('EXISTS', heartbeat) == 1 then return 0 end
@@ -1036,13 +1046,15 @@ if status == 'running' and a.count and a.count < tonumber(count or 0) and tonumb
 end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
 local aside = status == 'failed'
-if status and a.crashed then call('HINCRBY', run, 'crashes ' .. a.job, 1) end
+local crashes = tonumber(call('HGET', run, 'crashes ' .. a.job) or 0)
+if status and a.crashed and not (a.beside and crashes > 1) then
+  call('HSET', run, 'crashes ' .. a.job, crashes + 1)
+end
 if status == 'running' and a.count then
   expect(parked, a.job)
   call('HSET', run, 'version', a.version)
   record(a.event)
-  local left, missing = unpack(call('HMGET', parked, a.job .. ' left', a.job .. ' missing'))
-  aside = tonumber(left) > 0 and tonumber(missing) <= 0  -- else it has news, or children to start
+  aside = waits(a.job)
 end
 if aside then park({a.job}) elseif status == 'running' then call('RPUSH', ready, a.job) end
 return 1
@@ -1053,12 +1065,13 @@ return 1
 #   a     worker lease doing
 BEAT = Script("""
 call('PEXPIRE', KEYS[1], a.lease)
-redis.pcall('SET', KEYS[1], a.doing, 'PX', a.lease)
-redis.pcall('ZADD', KEYS[2], call('TIME')[1], a.worker)
+call('SET', KEYS[1], a.doing, 'PX', a.lease)
+call('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
 # RESUME lets a failed run go on, if its state is still the one that was read: its parked jobs are
-# queued. A child takes back what it told its parent, which then waits for it again.
+# queued, but for those that have nothing to read. A child takes back what it told its parent, which
+# then waits for it again.
 #   KEYS  .. parents_parked
 #   a     seen version state jobs event parent index
 #   gives 1 if it did
@@ -1074,7 +1087,7 @@ if a.parent ~= '' and call('HDEL', parents_parked, a.parent .. ' ' .. a.index) =
   call('HINCRBY', parents_parked, a.parent .. ' left', count)
 end
 for _, job in ipairs(a.jobs) do
-  if call('HDEL', parked, job .. ' is parked') == 1 then push(ready, {job}) end
+  if not waits(job) and call('HDEL', parked, job .. ' is parked') == 1 then push(ready, {job}) end
 end
 record(a.event)
 expire(30)
@@ -1103,9 +1116,10 @@ SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)
 # node types, but no graph files.
 
 PASSING = re.compile(  # the codes of errors that pass; those from inside a script follow a dash
-    r"(^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|NOSCRIPT|OOM|READONLY|TRYAGAIN"
-    r"|UNBLOCKED)"
+    r"(^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
+    r"|TRYAGAIN|UNBLOCKED)"
 )
+DEMOTED = re.compile(r"\b(MOVED|READONLY)\b")  # says a server that is no master any more
 
 
 def transient(error: BaseException) -> bool:
@@ -1185,21 +1199,22 @@ class Link:
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
         """The replies, a refused command's error among them. TimeoutError after `patience` seconds
-        and one for each MB sent. Packed and sent in one go, which costs a worker a sixth less than
-        a pipeline of redis-py."""
+        without one, and a second for each MB sent. Packed and sent in one go, which costs a worker
+        a sixth less than a pipeline of redis-py."""
         loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
         packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
         replies: list[Any] = []
         try:
-            async with asyncio.timeout(patience + len(packed) / 1_000_000):
+            async with asyncio.timeout(patience + len(packed) / 1_000_000) as limit:
                 await self._connection.send_packed_command(packed)
                 while len(replies) < len(loads) + len(commands):
                     try:
                         replies.append(await self._connection.read_response())
                     except exceptions.ResponseError as refusal:
-                        if "READONLY" in f"{refusal.status_code} {refusal}":
+                        if DEMOTED.search(f"{refusal.status_code} {refusal}"):
                             raise  # for a new connection may lead to the new master
                         replies.append(refusal)
+                    limit.reschedule(asyncio.get_running_loop().time() + patience)
         except BaseException:
             await self._connection.disconnect(nowait=True)  # what still comes is nobody's reply
             raise
@@ -1315,7 +1330,7 @@ class RedisRun(Run):
 
     async def read(self) -> None:
         """Find out where the run stands. RunError where it is gone."""
-        fields, context, _ = await self.executor.send(*READ.on(self.keys, job=""))
+        fields, context, *_ = await self.executor.send(*READ.on(self.keys, job=""))
         if not fields:
             raise RunError(f"run {self.id} is no longer on this Redis")
         self.update(fields, context)
@@ -1374,12 +1389,12 @@ class RedisRun(Run):
             if self.phase != FAILED:
                 raise RunError(f"run {self.id} is {self.phase}; only a failed run can be resumed")
             jobs = [*self.active().values()]
-            for child in await self.children():
+            a: dict[str, Any] = {"seen": self.fields["state"], "jobs": jobs}
+            a |= {"state": encode(self.state._replace(steps=0)._asdict())}
+            for child in await self.children():  # meanwhile somebody else may read this run anew
                 if child.origin.parent in jobs and child.phase == FAILED:
                     with suppress(RunError):  # somebody else has resumed it
                         await child.resume()
-            a: dict[str, Any] = {"seen": self.fields["state"], "jobs": jobs}
-            a["state"] = encode(self.state._replace(steps=0)._asdict())
             event = self.event("resumed")
             resumed = await self.change(RESUME, values=ctx.changes, event=event, **a)
 
@@ -1419,6 +1434,7 @@ class Held:
     executing: asyncio.Task[None] | None = None  # may be cancelled
     once: bool = False  # it has begun, and must not begin again
     outcome: Outcome | None = None  # is to be committed
+    over: bool = False  # nobody works on it any more
 
 
 class Worker:
@@ -1546,11 +1562,14 @@ class Worker:
             await asyncio.sleep(1)  # lest it come again at once
             if self.held.get(job, held) is held:
                 await self._give_back(job, crashed=True)
+        finally:
+            held.over = True  # also if its node has ended this task, which _audit then finds
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
         """Read what a job needs; None if it must not run, or not now."""
         id, name, mark = job.split("/")
-        fields, context, texts = await self.send(*READ.on(self.executor.keys(job), job=job))
+        read = READ.on(self.executor.keys(job), job=job)
+        fields, context, texts, place = await self.send(*read)
         if not fields:
             log.warning("run %s has expired; dropping %s", id, job)
             return None
@@ -1565,8 +1584,8 @@ class Worker:
             await self._fail(job, run, text)
             return None
         active = run.phase == RUNNING and run.state.tokens.get(name) == mark
-        if not active or self.held.get(job) is not held:  # or somebody else has it by now
-            return None
+        if not active or place is None or self.held.get(job) is not held:
+            return None  # it is done, say, or somebody else has it by now
         crashes = int(run.fields.get(f"crashes {job}", 0))
         if crashes >= (CRASHES if node.retries else 1):
             text = f'node "{name}": {crashes} workers died or erred with it; see their logs'
@@ -1726,16 +1745,17 @@ class Worker:
         await self.send(*BEAT.on(keys, worker=self.id, lease=lease, doing=doing))
 
     async def _audit(self) -> None:
-        """Compare what this worker holds with its list, and let go of what is in only one of them
-        two times in a row: in the list, as a reply was lost, or here, as we seemed dead (I3)."""
+        """Compare what this worker works on with its list, and let go of what is in only one of
+        them two times in a row: in the list, as a reply was lost or a node has ended its task, or
+        here, as we seemed dead (I3)."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
-        odd = {*listed} ^ self.held.keys()
+        odd = {*listed} ^ {job for job, held in self.held.items() if not held.over}
         for job in odd & self._odd:
             what = "audited" if job in listed else "lost"
-            why = "we did not know that we had it" if job in listed else "it was taken from us"
+            why = "nobody here works on it" if job in listed else "it was taken from us"
             log.warning("letting go of %s: %s", job, why)
             self.counts[what] += 1
-            await self._give_back(job)
+            await self._give_back(job, crashed=job in self.held)
         self._odd = odd
 
     async def _watch(self) -> None:
@@ -1757,8 +1777,9 @@ class Worker:
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
             if listed and not await self.send("EXISTS", self.key("worker", worker)):
                 log.warning("worker %s is dead; giving back %d jobs", worker, len(listed))
+                beside = len(listed) > 1
                 for job in listed:
                     keys = self.executor.keys(job, worker)
-                    moved = await self.send(*RELEASE.on(keys, job=job, crashed=True, dead=True))
-                    self.counts["reaped"] += moved
+                    how = RELEASE.on(keys, job=job, dead=True, crashed=True, beside=beside)
+                    self.counts["reaped"] += await self.send(*how)
         await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - 24 * 3600)

@@ -248,6 +248,33 @@ class Cancelling(Node):
             raise asyncio.CancelledError
 
 
+class Panic(BaseException):
+    """What an extension in another language may raise."""
+
+
+class Mute(Exception):
+    """Does not say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("it is gone")
+
+
+class Breaking(Node):
+    """Ends the task that runs it, in one of three ways."""
+
+    fields: ClassVar[dict[str, Field]] = {"how": Field("text")}
+
+    async def prep(self, ctx: Context) -> None:
+        if self.data["how"] == "mute":
+            raise Mute
+
+    async def exec(self, prepared: Any) -> None:
+        if self.data["how"] == "panic":
+            raise Panic
+        asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)  # a time-out by hand
+        await asyncio.sleep(60)
+
+
 class Idle(Node):
     """Parks whenever it is asked, and for nothing unless it has a question, or a child's flow."""
 
@@ -261,10 +288,10 @@ class Idle(Node):
 class Spender(Node):
     """Says that it has used so many model tokens."""
 
-    fields: ClassVar[dict[str, Field]] = {"tokens": Field("any")}
+    fields: ClassVar[dict[str, Field]] = {"tokens": Field("any"), "kind": Field("any")}
 
     async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
-        ctx.usage["total"] = self.data["tokens"]
+        ctx.usage[self.data.get("kind", "total")] = self.data["tokens"]
 
 
 class Deaf(Node):
@@ -304,7 +331,7 @@ class Rehearsed(Node):
 TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison": Poison}
 TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
 TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender, "deaf": Deaf}
-TYPES |= {"numbered": Numbered}
+TYPES |= {"numbered": Numbered, "breaking": Breaking}
 for name, node_type in TYPES.items():
     Registry.add(name, node_type)
 
@@ -817,7 +844,7 @@ class Hand:
 
     async def decide(self, job: str) -> dict[str, Any]:
         """Read the run, execute the job, and decide what that leads to."""
-        found, context, told = await self.view.executor.send(*READ.on(self.view.keys, job=job))
+        found, context, told, _ = await self.view.executor.send(*READ.on(self.view.keys, job=job))
         self.view.update(found, context)
         view, node, version = self.view, job.split("/")[1], new_id()
         results = json.loads(told[0])[1:] if told else None
@@ -1039,10 +1066,11 @@ def model(model_server: Model) -> Model:
 
 
 class Swallower:
-    """A way to a Redis that swallows the reply to each BLMOVE, and cuts the connection."""
+    """A way to a Redis that swallows the reply to each BLMOVE, and cuts the connection; or, when
+    that brings a job, gives it as late as it is told to."""
 
-    def __init__(self, server: Server) -> None:
-        self.server, self.asked = server, 0
+    def __init__(self, server: Server, late: asyncio.Event | None = None) -> None:
+        self.server, self.late, self.asked = server, late, 0
 
     async def __aenter__(self) -> Swallower:
         self.proxy = await asyncio.start_server(self.serve, "127.0.0.1", 0)
@@ -1057,11 +1085,14 @@ class Swallower:
         there, to = await asyncio.open_connection("127.0.0.1", self.server.port)
         while text := await reader.read(65536):
             to.write(text)
+            reply = await there.read(65536)
             if b"BLMOVE" in text:
                 self.asked += 1
-                await there.read(65536)  # it has been done
-                break
-            writer.write(await there.read(65536))
+                if not self.late:
+                    break  # it has been done
+                if b"/" in reply:
+                    await self.late.wait()
+            writer.write(reply)
         for end in (to, writer):
             end.close()
 
@@ -1359,6 +1390,13 @@ async def test_a_refusal_is_bounded_by_time_and_not_by_count(executor: Any) -> N
 
     assert end.context == {"a": 1101}
     assert endless.error == 'node "a": too many requests'
+
+
+@own_executors
+async def test_a_refusal_until_a_moment_that_is_past_is_tried_again_as_usual(executor: Any) -> None:
+    end = await end_of(await one("refused", times=1, after=-5).run({}, executor))
+
+    assert [event["delay"] > 0.2 for event in end.events if event["event"] == "retrying"] == [True]
 
 
 async def test_an_error_edge_is_taken_when_a_node_has_failed_for_good(
@@ -1706,7 +1744,15 @@ async def test_a_node_parks_once_an_activation(executor: Any) -> None:
 async def test_a_node_that_has_used_what_is_no_count_has_failed(executor: Any, tokens: Any) -> None:
     end = await same(executor, one("spender", tokens=tokens))
 
-    said = 'node "a": ValueError: its usage counts whole tokens, not '
+    said = 'node "a": ValueError: its usage is whole tokens by kind, not '
+    assert end.status == FAILED and end.error.startswith(said)
+
+
+@pytest.mark.parametrize("kind", [None, 1, "\ud800", "a\nb"])
+async def test_a_node_that_has_used_what_has_no_name_has_failed(executor: Any, kind: Any) -> None:
+    end = await same(executor, one("spender", tokens=1, kind=kind))
+
+    said = 'node "a": ValueError: its usage is whole tokens by kind, not '
     assert end.status == FAILED and end.error.startswith(said)
 
 
@@ -1723,6 +1769,16 @@ async def test_a_node_that_cancels_itself_has_failed(executor: Any, step: str) -
     end = await same(executor, one("cancelling", step=step))
 
     assert (end.status, end.error) == (FAILED, 'node "a": it has cancelled itself')
+
+
+@own_executors
+@pytest.mark.parametrize("how", ["panic", "mute", "time-out"])
+async def test_a_node_that_ends_its_task_does_not_hang_its_run(executor: Any, how: str) -> None:
+    broken = flow("a b", a={"type": "breaking", "how": how, "config": {"retries": 0}})
+
+    end = await end_of(await broken.run({}, executor))
+
+    assert end.status == FAILED and end.error
 
 
 # ── 11. Graph files ──────────────────────────────────────────────────────────────────────────
@@ -1786,6 +1842,14 @@ BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
     "inputs as a list": (
         graph("a", a={"inputs": ["x"]}),
         '$.nodes[0].data.inputs: must be an object of name: key, or name: list of keys, not ["x"]',
+    ),
+    "outputs with a list": (
+        graph("a", a=SUB | {"outputs": {"x": ["y"]}}),
+        '$.nodes[0].data.outputs: must be an object of key: key, not {"x":["y"]}',
+    ),
+    "outputs with a path": (
+        graph("a", a=SUB | {"outputs": {"x": "y/0"}}),
+        '$.nodes[0].data.outputs: must be an object of key: key, not {"x":"y/0"}',
     ),
     "a missing sub-workflow": (
         graph("a", a=SUB | {"workflowId": "chidl"}),
@@ -2429,6 +2493,7 @@ async def test_a_job_that_has_crashed_twice_waits_for_what_may_yet_come(space: S
     [job] = space.lists()
     space.redis.hset(run.keys[0], f"crashes {job}", 2)
     worker = Worker(space.url, space.namespace)
+    space.redis.lmove(space.key("ready"), worker.processing)
     worker.held[job], worker._asked = agentflow.Held(), 1  # a BLMOVE is under way
 
     claim = asyncio.create_task(worker._claim(job, worker.held[job]))
@@ -2438,8 +2503,36 @@ async def test_a_job_that_has_crashed_twice_waits_for_what_may_yet_come(space: S
 
     assert not early and await claim
     await worker.executor.link.close()
+    space.redis.lmove(worker.processing, space.key("ready"))
     space.worker()
     assert (await end_of(run)).status == COMPLETED
+
+
+async def test_a_job_that_waits_to_be_alone_is_not_charged_with_what_others_do(
+    space: Space, gate: Gate
+) -> None:
+    slow = gate.data | {"holds": 1}
+    runs = [await flow(n, **{n: slow}).run({}, space.executor) for n in "ab"]
+    job = next(job for job in space.lists() if "/b/" in job)
+    crashes = f"crashes {job}"
+    space.redis.hset(runs[1].keys[0], crashes, 2)
+    worker = space.process()
+    await gate.reached("a")
+    await wait_until(lambda: not space.redis.llen(space.key("ready")))
+
+    worker.die()
+    other = space.worker()
+    await wait_until(lambda: other.counts["reaped"] == 2)
+    charged = [space.redis.hget(runs[1].keys[0], crashes)]
+    await gate.reached("b")
+    # it is alone now
+    space.redis.lmove(other.processing, space.key("processing", "late"))
+    space.redis.zadd(space.key("workers"), {"late": time.time()})
+    await wait_until(lambda: other.counts["reaped"] == 3)
+    charged.append(space.redis.hget(runs[1].keys[0], crashes))
+
+    assert charged == ["2", "3"]
+    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
 
 
 async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(
@@ -2466,11 +2559,13 @@ async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alo
     [job] = space.lists()
     space.redis.hset(run.keys[0], f"crashes {job}", 2)
     worker = Worker(space.url, space.namespace)
+    space.redis.lmove(space.key("ready"), worker.processing)
 
     claimed = await worker._claim(job, agentflow.Held())  # of which it has forgotten the holding
 
     assert claimed is None and worker._suspect == ""  # else it would run nothing else any more
     await worker.executor.link.close()
+    space.redis.lmove(worker.processing, space.key("ready"))
     space.worker()
     assert (await end_of(run)).status == COMPLETED
 
@@ -2691,6 +2786,26 @@ async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(spac
     assert (await end_of(run)).status == COMPLETED and reaper.counts["reaped"] == 1
 
 
+async def test_a_job_that_was_taken_away_before_its_worker_heard_of_it_does_not_begin(
+    space: Space, gate: Gate
+) -> None:
+    run = await flow("a", a=gate.data | {"config": {"retries": 0}}).run({}, space.executor)
+
+    async with Swallower(space.server, asyncio.Event()) as way:
+        slow = space.worker(space.url.replace(str(space.server.port), str(way.port)))
+        await wait_until(lambda: slow.counts["audited"])
+        other = space.worker()
+        await gate.reached("a")
+        asked = way.asked
+        way.late.set()
+        await wait_until(lambda: way.asked > asked and not slow.held)
+        gate.open("a")
+        await end_of(run)
+        await space.stop(slow)
+
+    assert len(gate.begun("a")) == 1 and other.counts["done"] == 1
+
+
 async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> None:
     ready, processing = space.key("ready"), space.key("processing", "x")
     space.redis.lpush(ready, "none/a/1", "none/a/2")
@@ -2810,6 +2925,18 @@ async def test_a_reply_that_takes_long_is_waited_for_longer(space: Space) -> Non
     await link.close()
 
 
+async def test_replies_that_come_one_by_one_may_take_long_together(
+    space: Space, caplog: Any
+) -> None:
+    link = agentflow.Link(space.url)
+
+    slow = [link.send("BLPOP", space.key("none"), 0.9) for _ in range(4)]
+
+    assert await asyncio.wait_for(asyncio.gather(*slow), 30) == [None] * 4
+    assert "does not answer" not in caplog.text
+    await link.close()
+
+
 async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path: Path) -> None:
     server = Server(tmp_path)
     server.start()
@@ -2825,12 +2952,17 @@ async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path: Path) ->
     server.kill()
 
 
-async def test_a_demoted_master_of_version_6_is_left_too(space: Space) -> None:
+DEMOTED = ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
+DEMOTED += ["MOVED 7429 127.0.0.1:1"]
+
+
+@pytest.mark.parametrize("text", DEMOTED)
+async def test_a_demoted_master_is_left_whatever_it_says(space: Space, text: str) -> None:
     link, key = agentflow.Link(space.url), space.key("none")
     await link.send("EXISTS", key)
     connection, left = link._connection, []
     read, disconnect = connection.read_response, connection.disconnect
-    said = ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
+    said = [text]
 
     async def read_response(*args: Any, **more: Any) -> Any:
         reply = await read(*args, **more)
@@ -3267,6 +3399,28 @@ async def test_what_follows_in_a_failed_run_waits_for_a_resume(space: Space, gat
     await committed_once(space, run, failing)
 
 
+async def test_a_resume_goes_on_from_one_moment_although_the_run_is_looked_at_meanwhile(
+    space: Space, gate: Gate
+) -> None:
+    failing = flow("a -> c; b -> d", a=gate.data, b=gate.broken)
+    space.worker()
+    run = await failing.run({}, space.executor)
+    await gate.reached("a")
+    await wait_until(lambda: is_status(run, FAILED))
+    look_for = run.children
+
+    async def children() -> list[RedisRun]:
+        gate.open("a")
+        await wait_until(lambda: has_key(run, "a"))  # by looking at the status
+        return await look_for()
+
+    run.children = children  # type: ignore[method-assign]
+    gate.mend()
+    await run.resume()
+
+    await committed_once(space, run, failing)
+
+
 async def test_a_resume_does_not_start_again_what_a_worker_still_runs(
     space: Space, gate: Gate
 ) -> None:
@@ -3332,8 +3486,9 @@ async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(
     assert await is_status(child, FAILED) and len(gate.begun("x")) == 1
 
 
+@pytest.mark.parametrize("now", [["good", "bad", "good"], [], "gone"])
 async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
-    space: Space, gate: Gate
+    space: Space, gate: Gate, now: Any
 ) -> None:
     by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
     noted = gate.data | {"holds": 0}
@@ -3347,8 +3502,8 @@ async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
     space.redis.delete(*good.keys[:3])  # as if it had ended a week ago
 
     gate.mend()
-    await run.resume({"items": ["good", "bad", "good"]})
-    await wait_until(lambda: not space.lists())  # the map has parked anew, and the bad one asks
+    await run.resume({"items": now})
+    await wait_until(lambda: not space.lists())  # the map waits, and the bad one asks
     await bad.answer("q", "approve")
     end = await end_of(run)
 
@@ -4581,6 +4736,7 @@ PASSING = ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICA
 PASSING += ["OOM", "READONLY", "TRYAGAIN", "UNBLOCKED"]
 
 TRANSIENT = dict.fromkeys([f"{code} what Redis says" for code in PASSING], True)
+TRANSIENT["MOVED 7429 127.0.0.1:1"] = True
 
 TRANSIENT |= dict.fromkeys(
     [
@@ -4601,6 +4757,17 @@ def test_only_what_may_pass_is_sent_again(server: Server, text: str) -> None:
         server.client.eval("return redis.error_reply(ARGV[1])", 0, text)
 
     assert agentflow.transient(refused.value) is TRANSIENT[text]
+
+
+async def test_a_result_is_waited_for_again_if_its_run_was_resumed_meanwhile() -> None:
+    run, phases = Ended(), [COMPLETED, RUNNING, RUNNING]
+
+    async def status() -> Status:
+        return Status.of(run, "flow", phases.pop(), {}, error="", usage={}, tokens={})
+
+    run.status = status  # type: ignore[method-assign]
+
+    assert await run.result() == {} and not phases
 
 
 def test_an_outage_may_pass_and_a_bug_may_not() -> None:

@@ -74,6 +74,10 @@ def _paths(value: Any) -> bool:
     return bool(values) and all(isinstance(v, str) and v.partition("/")[0] for v in values)
 
 
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and value != "" and "/" not in value
+
+
 def _safe_id(value: Any) -> bool:
     return type(value) in (str, int) and SAFE_ID.fullmatch(str(value)) is not None
 
@@ -84,6 +88,10 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "inputs": (
         "an object of name: key, or name: list of keys",
         lambda v: isinstance(v, dict) and all(map(_paths, v.values())),
+    ),
+    "keys": (
+        "an object of key: key",
+        lambda v: isinstance(v, dict) and all(map(_is_key, [*v, *v.values()])),
     ),
     "object": ("an object", lambda v: isinstance(v, dict)),
     "list": ("a list", lambda v: isinstance(v, list)),

@@ -162,7 +162,7 @@ TAKEN = WeakKeyDictionary[Registry, dict[Any, tuple[set[str], set[str]]]]()  # w
 class SubWorkflow(Node):
     """Runs another flow. Without inputs, this gets by name what it declares or needs."""
 
-    fields = FLOW | {"outputs": Field("inputs", "parent key: child key (id: final_output)")}
+    fields = FLOW | {"outputs": Field("keys", "parent key: child key (id: final_output)")}
     child = property(lambda self: str(self.data["workflowId"]))
 
     def names(self) -> list[str]:
@@ -222,11 +222,13 @@ class Map(SubWorkflow):
         return {self.child: False}  # not for an empty list
 
     async def prep(self, ctx: Context) -> Any:
+        if ctx.results is not None:
+            return ctx.results
         name, values = str(self.data["as"]), self.values(ctx)
         if not isinstance(items := values.get(name), list):
             raise Permanent(f'"{self.data["over"]}" must be a list, not {as_text(items):.80}')
-        if ctx.results is not None or not items:
-            return ctx.results or []
+        if not items:
+            return []
         return Park([Child(self.child, values | {name: item}) for item in items])
 
 
