@@ -957,8 +957,8 @@ end
 return jobs
 """)
 
-# READ gives a run as it is at one instant: fields, context, what one job was told, and last, unless
-# this worker has it not (any more), its place in the list. A command that took it may be slow.
+# READ gives a run as it is at one instant: fields, context, what one job was told, and that job's
+# place in the worker's list: nothing if it was taken away before BLMOVE's reply, which may be slow.
 #   KEYS  .. mine
 #   a     job
 READ = Script("""
@@ -1755,7 +1755,7 @@ class Worker:
             why = "nobody here works on it" if job in listed else "it was taken from us"
             log.warning("letting go of %s: %s", job, why)
             self.counts[what] += 1
-            await self._give_back(job, crashed=job in self.held)
+            await self._give_back(job, crashed=job in self.held and self.held[job].over)
         self._odd = odd
 
     async def _watch(self) -> None:
