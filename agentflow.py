@@ -226,6 +226,10 @@ class Node:
         """The names that its inputs must give; without `inputs`, each is its own key."""
         return []
 
+    def optional(self) -> set[str]:
+        """Of its inputs, those that it can do without."""
+        return set()
+
     def reads(self) -> set[str]:
         """The context keys that it may read: by default those of its inputs."""
         return {path.split("/")[0] for paths in self.inputs.values() for path in paths}
@@ -273,23 +277,14 @@ def counts(kind: Any, number: Any) -> bool:
 async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
     """One activation of a node, the same in every executor (I4); `failure`: of a child, or ''.
     RunError when it has failed for good and none of its edges carries the action `error`."""
-    started = time.monotonic()
+    started, task = time.monotonic(), asyncio.current_task()
+    cancels = task.cancelling() if task else 0
     try:
         if failure:
             raise Permanent(failure)
         prepared = await node.prep(ctx)
         if isinstance(prepared, Park):
-            if bool(prepared.children) == bool(prepared.question):
-                raise Permanent("a Park has either children or a question")
-            if ctx.results is not None:
-                raise Permanent("it parks again, although it has what it parked for")
-            if prepared.children and ctx.depth >= MAX_DEPTH:
-                raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
-            for child in prepared.children:
-                if child.flow not in node.runs():
-                    raise Permanent(f'it starts "{child.flow}", which its runs() does not name')
-                child.values = node.flow.registry[child.flow].new_context(child.inputs)
-            return replace(prepared, question=as_unicode(prepared.question))
+            return _admit(node, ctx, prepared)
         result = await _attempts(node, ctx, prepared, record)
         action = await node.post(ctx, prepared, result) or DEFAULT
         if action not in (DEFAULT, *node.actions):
@@ -298,7 +293,7 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
             raise ValueError(f"its usage is whole tokens by kind, not {odd[0]!r:.80}")
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError):
-            if (task := asyncio.current_task()) and task.cancelling():
+            if task and task.cancelling() > cancels:
                 raise  # we are told to stop
             error = Permanent("it has cancelled itself")
         kind = "" if isinstance(error, (Permanent, TryLater)) else f"{type(error).__name__}: "
@@ -306,10 +301,28 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         if ERROR not in node.actions:
             raise RunError(text) from error
         action, ctx.changes = ERROR, {node.id: encode(text)}
+    finally:
+        if task and task.cancelling() > cancels:
+            await asyncio.sleep(0)  # what the node did to this task strikes now, and nothing later
     usage = {kind: n for kind, n in ctx.usage.items() if counts(kind, n)}
     event = {"node": node.id, "visit": ctx.visit, "action": action, "usage": usage}
     event["seconds"] = round(time.monotonic() - started, 3)
     return Outcome(action, ctx.changes, usage, event)
+
+
+def _admit(node: Node, ctx: Context, park: Park) -> Park:
+    """What a prep wants to wait for, with the contexts of its children; Permanent if it may not."""
+    if bool(park.children) == bool(park.question):
+        raise Permanent("a Park has either children or a question")
+    if ctx.results is not None:
+        raise Permanent("it parks again, although it has what it parked for")
+    if park.children and ctx.depth >= MAX_DEPTH:
+        raise Permanent(f"runs are nested {MAX_DEPTH} deep already; does the flow recurse?")
+    for child in park.children:
+        if child.flow not in node.runs():
+            raise Permanent(f'it starts "{child.flow}", which its runs() does not name')
+        child.values = node.flow.registry[child.flow].new_context(child.inputs)
+    return replace(park, question=as_unicode(park.question))
 
 
 async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> Any:
@@ -536,8 +549,8 @@ class Flow:
         needs: set[str] = set()
         for node, step in self.nodes.items():
             given = set(self.inputs).union(*(writes[n] for n in self.members(self.ancestors[node])))
-            for paths in step.inputs.values():
-                keys = [path.partition("/")[0] for path in paths]
+            for name in step.inputs.keys() - step.optional():
+                keys = [path.partition("/")[0] for path in step.inputs[name]]
                 if given.isdisjoint(keys):
                     needs.add(keys[0])
         return needs
@@ -670,7 +683,7 @@ def event_of(event: str, id: str, flow: str, **more: Any) -> Event:
 
 
 class InMemoryExecutor:
-    """Runs flows in this process, this many nodes at the same time."""
+    """Runs flows in this process, in one event loop, this many nodes at the same time."""
 
     def __init__(self, concurrency: int = 10) -> None:
         self._slots = asyncio.Semaphore(concurrency)
@@ -776,6 +789,8 @@ class MemoryRun(Run):
     def _end(self, phase: str, error: str = "") -> None:
         if self.phase == RUNNING:
             self.phase, self.error = phase, error
+            asked = self.root.questions.items()
+            self.root.questions = {k: q for k, q in asked if k.split("/")[0] != self.id}
             self._record(phase, error=error)
             self.over.set()
 
@@ -879,11 +894,15 @@ local function waits(job)  -- else it has news, or children to start
   local left, missing = unpack(call('HMGET', parked, job .. ' left', job .. ' missing'))
   return tonumber(left or 0) > 0 and tonumber(missing) <= 0
 end
--- A child's end, or a person's answer, is written once. All of them, or one failure, which takes as
+-- A child's end, or a person's answer, is written once; but one that had failed may yet be
+-- cancelled. All of them, or one failure, which takes as
 -- much off `left` as all, queue the job, if it is parked and its run is running.
 local function tell(run, parked, job, index, status)
   if call('EXISTS', run) == 0 or call('HEXISTS', parked, job) == 0 then return 0 end
-  if call('HSETNX', parked, job .. ' ' .. index, a.told) == 0 then return 0 end
+  if call('HSETNX', parked, job .. ' ' .. index, a.told) == 0 then
+    if status == 'cancelled' then call('HSET', parked, job .. ' ' .. index, a.told) end
+    return 0
+  end
   call('HSET', run, 'version', a.version)
   local weight = status == 'completed' and 1 or call('HGET', parked, job .. ' count')
   local left = call('HINCRBY', parked, job .. ' left', -weight)
@@ -1161,7 +1180,7 @@ class Link:
         """The reply, some time; ResponseError where Redis refuses the command for good."""
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._queue.append((command, reply))
-        if not self._flushing:
+        if not self._flushing or self._flushing.done():
             self._flushing = asyncio.create_task(self._flush())
         return reply
 
@@ -1195,7 +1214,6 @@ class Link:
             elif delay:
                 log.warning("redis answers again")
                 delay, self.back_since = 0.0, time.monotonic() + 10  # others may yet wait so long
-        self._flushing = None
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
         """The replies, a refused command's error among them. TimeoutError after `patience` seconds
@@ -1577,28 +1595,34 @@ class Worker:
         run = self._runs.get(id) or RedisRun(self.executor, id, origin)
         self._runs[id] = run
         run.update(fields, context)  # at once, for this is soon out of date
-        try:
-            node = (await self._flow(origin)).nodes[name]
-        except Exception as error:
-            text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
-            await self._fail(job, run, text)
+
+        def active() -> bool:  # else it is done, say, or somebody else has it by now
+            runs = run.phase == RUNNING and run.state.tokens.get(name) == mark
+            return runs and self.held.get(job) is held
+
+        if place is None or not active():
             return None
-        active = run.phase == RUNNING and run.state.tokens.get(name) == mark
-        if not active or place is None or self.held.get(job) is not held:
-            return None  # it is done, say, or somebody else has it by now
         crashes = int(run.fields.get(f"crashes {job}", 0))
-        if crashes >= (CRASHES if node.retries else 1):
-            text = f'node "{name}": {crashes} workers died or erred with it; see their logs'
-            await self._fail(job, run, text)
-            return None
-        claimed = self._claimed(job, run, node, [json.loads(text) for text in texts])
         if crashes > 1 and not self._suspect:  # lest it take other jobs down with it once more
             self._suspect = job
         if self._suspect not in ("", job):
             return None
-        while self._suspect == job and len(self.held) + self._asked > 1:
-            await asyncio.sleep(0.05)
-        return claimed if self.held.get(job) is held else None
+        if self._suspect == job and len(self.held) + self._asked > 1:
+            while self._suspect == job and len(self.held) + self._asked > 1:
+                await asyncio.sleep(0.05)
+            return await self._claim(job, held)  # for what was read is old
+        try:
+            node = (await self._flow(origin)).nodes[name] if crashes < CRASHES else None
+        except Exception as error:
+            text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
+            await self._fail(job, run, text)
+            return None
+        if not node or (crashes and not node.retries):
+            text = f'node "{name}": {crashes} workers died or erred with it; see their logs'
+            await self._fail(job, run, text)
+            return None
+        claimed = self._claimed(job, run, node, [json.loads(text) for text in texts])
+        return claimed if active() else None
 
     def _claimed(self, job: str, run: RedisRun, node: Node, told: list[Any] = []) -> Claimed:
         """What a job needs, from what is known of its run now. It is given its results when
@@ -1745,17 +1769,21 @@ class Worker:
         await self.send(*BEAT.on(keys, worker=self.id, lease=lease, doing=doing))
 
     async def _audit(self) -> None:
-        """Compare what this worker works on with its list, and let go of what is in only one of
-        them two times in a row: in the list, as a reply was lost or a node has ended its task, or
-        here, as we seemed dead (I3)."""
+        """Compare what this worker holds with its list, and let go of what is, two times in a row,
+        in only one of them: in the list, as a reply was lost, or here, as we seemed dead; and of
+        what nobody works on any more, as its node has ended our task (I3)."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
-        odd = {*listed} ^ {job for job, held in self.held.items() if not held.over}
+        found = {**self.held}
+        over = {job for job, held in found.items() if held.over}
+        odd = ({*listed} ^ found.keys()) | over
         for job in odd & self._odd:
+            if self.held.get(job) is not found.get(job):
+                continue  # it has come or gone while we gave back another
             what = "audited" if job in listed else "lost"
             why = "nobody here works on it" if job in listed else "it was taken from us"
             log.warning("letting go of %s: %s", job, why)
             self.counts[what] += 1
-            await self._give_back(job, crashed=job in self.held and self.held[job].over)
+            await self._give_back(job, crashed=job in over)
         self._odd = odd
 
     async def _watch(self) -> None:
@@ -1777,9 +1805,10 @@ class Worker:
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
             if listed and not await self.send("EXISTS", self.key("worker", worker)):
                 log.warning("worker %s is dead; giving back %d jobs", worker, len(listed))
-                beside = len(listed) > 1
-                for job in listed:
-                    keys = self.executor.keys(job, worker)
-                    how = RELEASE.on(keys, job=job, dead=True, crashed=True, beside=beside)
-                    self.counts["reaped"] += await self.send(*how)
+                how = {"dead": True, "crashed": True, "beside": len(listed) > 1}
+                moves = [
+                    self.send(*RELEASE.on(self.executor.keys(job, worker), {}, job=job, **how))
+                    for job in listed
+                ]
+                self.counts["reaped"] += sum(await asyncio.gather(*moves))
         await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - 24 * 3600)

@@ -260,19 +260,27 @@ class Mute(Exception):
 
 
 class Breaking(Node):
-    """Ends the task that runs it, in one of three ways."""
+    """Ends the task that runs it, or asks for its end, in one of many ways."""
 
     fields: ClassVar[dict[str, Field]] = {"how": Field("text")}
 
-    async def prep(self, ctx: Context) -> None:
+    async def prep(self, ctx: Context) -> Any:
         if self.data["how"] == "mute":
             raise Mute
+        if self.data["how"] == "ask":
+            asyncio.current_task().cancel()
+            return Park(question="Good?")
 
     async def exec(self, prepared: Any) -> None:
-        if self.data["how"] == "panic":
+        how, cancel = self.data["how"], asyncio.current_task().cancel
+        if how == "panic":
             raise Panic
-        asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)  # a time-out by hand
-        await asyncio.sleep(60)
+        if how == "fail":
+            cancel()
+            raise Permanent("it has failed")
+        asyncio.get_running_loop().call_soon(cancel)  # a time-out by hand
+        with contextlib.suppress(asyncio.CancelledError if how == "hear nothing" else ()):
+            await asyncio.sleep(60)
 
 
 class Idle(Node):
@@ -1772,13 +1780,46 @@ async def test_a_node_that_cancels_itself_has_failed(executor: Any, step: str) -
 
 
 @own_executors
-@pytest.mark.parametrize("how", ["panic", "mute", "time-out"])
+@pytest.mark.parametrize("how", ["panic", "mute", "time-out", "fail", "ask"])
 async def test_a_node_that_ends_its_task_does_not_hang_its_run(executor: Any, how: str) -> None:
     broken = flow("a b", a={"type": "breaking", "how": how, "config": {"retries": 0}})
 
     end = await end_of(await broken.run({}, executor))
 
     assert end.status == FAILED and end.error
+
+
+async def test_what_a_node_does_to_its_task_is_not_held_against_the_next(executor: Any) -> None:
+    hears_nothing = {"type": "breaking", "how": "hear nothing"}
+    cancels = {"type": "cancelling", "step": "exec"}
+
+    end = await same(executor, flow("a -> b; b -error-> c", a=hears_nothing, b=cancels))
+
+    assert end.done == activations("a b:error c")
+
+
+@own_executors
+async def test_a_failed_run_takes_no_answer(executor: Any, gate: Gate) -> None:
+    asks = flow("w -approve-> a; b -> c", w=WAIT, b=gate.data | gate.broken)
+    run = await asks.run({}, executor)
+    await question_of(run)
+    gate.open("b")
+    await wait_until(lambda: is_status(run, FAILED))
+
+    with pytest.raises(RunError, match="does not wait for an answer"):
+        await run.answer("w", "approve")
+
+
+@pytest.mark.parametrize("given, tone", [({}, "mild"), ({"tone": "wild"}, "wild")])
+async def test_a_child_has_the_parents_value_or_else_its_own_default(
+    executor: Any, given: dict[str, Any], tone: str
+) -> None:
+    text = TEXT | {"promptTemplate": "{{tone}}"}
+    graphs = {"flow": graph("s", s=SUB), "child": graph("o", {"tone": "mild"}, o=text)}
+
+    end = await same(executor, Registry(graphs)["flow"], given)
+
+    assert end.context["s"] == tone
 
 
 # ── 11. Graph files ──────────────────────────────────────────────────────────────────────────
@@ -1985,6 +2026,16 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
     assert load(tmp_path)["a"].starts == ["a"]
     assert client.values("--input", [f"x=@{tmp_path}/value"]) == {"x": [1]}
+
+
+def test_many_branches_of_one_choice_are_checked_in_time() -> None:
+    branches = {f"b{i}": TEXT for i in range(200)}
+    text = "; ".join(f"s -{branch}-> {branch}" for branch in branches)
+    started = time.monotonic()
+
+    flow(text, s=SWITCH, **branches)
+
+    assert time.monotonic() - started < 5
 
 
 def test_a_sub_flow_that_many_share_is_not_looked_into_once_for_each_way_to_it() -> None:
@@ -2552,6 +2603,47 @@ async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(
     assert (await end_of(runs[0])).status == COMPLETED and not gate.begun("b")
 
 
+async def test_a_job_that_has_waited_to_be_alone_is_read_anew(space: Space) -> None:
+    run = await flow("a", {"x": "old"}).run({}, space.executor)
+    [job] = space.lists()
+    space.redis.hset(run.keys[0], f"crashes {job}", 2)
+    worker = Worker(space.url, space.namespace)
+    space.redis.lmove(space.key("ready"), worker.processing)
+    worker.held[job], worker._asked = agentflow.Held(), 1
+    claim = asyncio.create_task(worker._claim(job, worker.held[job]))
+    await wait_until(lambda: worker._suspect == job)
+
+    space.redis.hset(run.keys[1], "x", '"new"')  # as a resume may do it
+    worker._asked = 0
+
+    assert (await claim).ctx["x"] == "new"
+    await worker.executor.link.close()
+    space.redis.lmove(worker.processing, space.key("ready"))
+    space.worker()
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_a_job_that_killed_five_workers_fails_before_its_flow_is_built(space: Space) -> None:
+    run = await one("numbered").run({}, space.executor)
+    [job] = space.lists()
+    space.redis.hset(run.keys[0], f"crashes {job}", 5)
+    made = Numbered.made
+
+    space.worker()
+    end = await end_of(run)
+
+    assert "5 workers died or erred with it" in end.error and Numbered.made == made
+
+
+async def test_what_nobody_works_on_and_no_list_has_is_let_go(space: Space) -> None:
+    worker = space.worker(concurrency=1)
+
+    worker.held["none/none/none"] = agentflow.Held(over=True)  # as after a late commit
+    await wait_until(lambda: not worker.held)
+
+    assert (await end_of(await flow("a").run({}, space.executor))).status == COMPLETED
+
+
 async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(
     space: Space,
 ) -> None:
@@ -2934,6 +3026,19 @@ async def test_replies_that_come_one_by_one_may_take_long_together(
 
     assert await asyncio.wait_for(asyncio.gather(*slow), 30) == [None] * 4
     assert "does not answer" not in caplog.text
+    await link.close()
+
+
+async def test_a_link_that_was_cancelled_takes_new_commands(space: Space) -> None:
+    link = agentflow.Link(space.url)
+    hung = link.send("BLPOP", space.key("none"), 9)
+    assert not (await asyncio.wait([hung], timeout=0.1))[0]
+    [flushing] = [task for task in asyncio.all_tasks() if "_flush" in repr(task.get_coro())]
+
+    flushing.cancel()
+    await asyncio.wait([flushing])
+
+    assert await asyncio.wait_for(link.send("EXISTS", space.key("none")), 9) == 0
     await link.close()
 
 
@@ -3467,6 +3572,21 @@ async def test_a_resumed_run_resumes_its_failed_children_and_only_those(
     assert failed.error.endswith('run ID of "child" failed: node "y": it is broken')
     assert len(gate.begun("z")) == 2
     assert end.meaning == (await in_memory(deep["top"], items)).meaning
+
+
+async def test_a_parent_is_told_when_its_failed_child_is_cancelled(
+    space: Space, gate: Gate
+) -> None:
+    space.worker()
+    run = await family("s", s=SUB, c_x=gate.broken).run({}, space.executor)
+    first = (await end_of(run)).error
+    [child] = await run.children()
+
+    await child.cancel()
+    await run.resume()
+
+    assert "it is broken" in first
+    assert (await end_of(run)).error.endswith('run ID of "child" cancelled: by request')
 
 
 async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(

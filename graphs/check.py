@@ -189,29 +189,48 @@ def reached(flow: Flow, sources: Iterable[str], stop: str) -> set[str]:
     return {*found}
 
 
-def chooses(flow: Flow, node: str, ends: set[str]) -> bool:
+class Choice(NamedTuple):
+    """A node with several actions, and what is reached without going on behind it."""
+
+    node: str
+    before: set[str]  # from the starts
+    behind: list[set[str]]  # by each action
+
+
+def choices(flow: Flow) -> list[Choice]:
+    """The nodes that may choose what runs."""
+    return [
+        Choice(
+            node,
+            reached(flow, flow.starts, node),
+            [reached(flow, targets, node) for targets in forks(flow, [node])],
+        )
+        for node in flow.nodes
+        if len(flow.targets[node]) > 1
+    ]
+
+
+def chooses(flow: Flow, choice: Choice, ends: set[str]) -> bool:
     """Whether both ends are reached through a node only, and by different actions of it."""
-    if node in ends or ends & reached(flow, flow.starts, node):
+    if choice.node in ends or ends & choice.before:
         return False
-    behind = [reached(flow, targets, node) for targets in forks(flow, [node])]
     for loop in flow.loops:
-        if node in loop.body and ends - loop.body:
+        if choice.node in loop.body and ends - loop.body:
             # One end is behind a loop that the node is in. If its token can be there while the
             # loop goes on, the other's may come in a later round.
-            if any(node in found and ends & found for found in behind):
+            if any(choice.node in found and ends & found for found in choice.behind):
                 return False
             if any(len(loop.body.intersection(ts)) > 1 for ts in forks(flow, loop.body)):
                 return False
-    return all(len(ends & found) < 2 for found in behind)
+    return all(len(ends & found) < 2 for found in choice.behind)
 
 
-def may_overlap(flow: Flow, one: str, other: str) -> bool:
-    """Whether two nodes may be active at the same time: neither is upstream of the other, and no
-    node chooses between them."""
+def may_overlap(flow: Flow, one: str, other: str, by: list[Choice]) -> bool:
+    """Whether two nodes may be active at the same time: neither is upstream of the other, and none
+    of these choices is between them."""
     if flow.bit[one] & flow.upstream[other] or flow.bit[other] & flow.upstream[one]:
         return False
-    choices = [node for node in flow.nodes if len(flow.targets[node]) > 1]
-    return not any(chooses(flow, node, {one, other}) for node in choices)
+    return not any(chooses(flow, choice, {one, other}) for choice in by)
 
 
 def check_nodes(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
@@ -248,14 +267,15 @@ def check_loops(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_keys(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
     """Nodes that may run at the same time and use one key that one of them writes (I4)."""
-    writes = {id: flow.writes(id) for id in flow.nodes}
+    writes, by = {id: flow.writes(id) for id in flow.nodes}, choices(flow)
     users: dict[str, list[str]] = {}
     for id, node in flow.nodes.items():
         for key in node.reads() | writes[id]:
             users.setdefault(key, []).append(id)
     for key, nodes in users.items():
         for one, other in itertools.combinations(nodes, 2):
-            if (key in writes[one] or key in writes[other]) and may_overlap(flow, one, other):
+            written = key in writes[one] or key in writes[other]
+            if written and may_overlap(flow, one, other, by):
                 both = f'"{one}" and "{other}" may run at the same time, and one writes'
                 yield places[other], f'{both} the key "{key}", which the other one uses (I4)'
 

@@ -182,6 +182,9 @@ class SubWorkflow(Node):
             known[key] = needs, needs | defaults
         return known[key]  # what is wrong with the child is told where it is checked
 
+    def optional(self) -> set[str]:
+        return self.takes()[1] - self.takes()[0]
+
     def writes(self) -> set[str]:
         return set(self.data.get("outputs", {self.id}))
 
@@ -227,9 +230,8 @@ class Map(SubWorkflow):
         name, values = str(self.data["as"]), self.values(ctx)
         if not isinstance(items := values.get(name), list):
             raise Permanent(f'"{self.data["over"]}" must be a list, not {as_text(items):.80}')
-        if not items:
-            return []
-        return Park([Child(self.child, values | {name: item}) for item in items])
+        children = [Child(self.child, values | {name: item}) for item in items]
+        return Park(children) if children else []
 
 
 class Wait(Choice, Templated):
