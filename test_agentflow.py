@@ -1815,7 +1815,10 @@ async def test_a_child_has_the_parents_value_or_else_its_own_default(
     executor: Any, given: dict[str, Any], tone: str
 ) -> None:
     text = TEXT | {"promptTemplate": "{{tone}}"}
-    graphs = {"flow": graph("s", s=SUB), "child": graph("o", {"tone": "mild"}, o=text)}
+    graphs = {"flow": graph("s", s=SUB), "child": graph("s -> o", s=SUB, o=TEXT)}
+    graphs["child"]["nodes"][0]["data"]["workflowId"] = "grandchild"
+    graphs["child"]["nodes"][1]["data"] = {"promptTemplate": "{{s}}", "inputs": {"s": "s"}}
+    graphs["grandchild"] = graph("o", {"tone": "mild"}, o=text)
 
     end = await same(executor, Registry(graphs)["flow"], given)
 
@@ -2026,6 +2029,13 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
     assert load(tmp_path)["a"].starts == ["a"]
     assert client.values("--input", [f"x=@{tmp_path}/value"]) == {"x": [1]}
+
+
+async def test_a_map_needs_its_list_although_its_child_has_a_default_for_the_item() -> None:
+    graphs = {"flow": graph("m", m=MAP), "child": graph("x", {"item": 1}, x=ITEM)}
+
+    with pytest.raises(RunError, match="lacks an input: items"):
+        await Registry(graphs)["flow"].run({})
 
 
 def test_many_branches_of_one_choice_are_checked_in_time() -> None:

@@ -169,21 +169,21 @@ class SubWorkflow(Node):
         return [] if "inputs" in self.data else sorted(self.takes()[1])
 
     def takes(self) -> tuple[set[str], set[str]]:
-        """The inputs that the child needs; and these with those that it has defaults for."""
+        """The inputs that the child needs; and these with those that have defaults below here."""
         registry, id = self.flow.registry, self.child
         above = self.flow.id.split("/")[1:]  # a child's own children ask, too: its id has the way
         # that led to it, so that a flow that runs itself is looked into only once
         known, key = TAKEN.setdefault(registry, {}), (id, frozenset(above))
         if key not in known:
-            needs, defaults, graph = set[str](), set[str](), registry.graphs.get(id)
+            known[key], graph = (set[str](), set[str]()), registry.graphs.get(id)
             if id not in above and isinstance(graph, dict) and not any(check_parts(graph)):
                 child = Flow(f"{self.flow.id}/{id}", graph, registry)
-                needs, defaults = child.needs, {*child.inputs}
-            known[key] = needs, needs | defaults
+                more = [node.optional() for node in child.nodes.values()]
+                known[key] = child.needs, child.needs.union(child.inputs, *more)
         return known[key]  # what is wrong with the child is told where it is checked
 
     def optional(self) -> set[str]:
-        return self.takes()[1] - self.takes()[0]
+        return {n for n in self.takes()[1] - self.takes()[0] if self.inputs.get(n) == [n]}
 
     def writes(self) -> set[str]:
         return set(self.data.get("outputs", {self.id}))
