@@ -227,7 +227,7 @@ class Node:
         return []
 
     def optional(self) -> set[str]:
-        """Of its inputs, those that it can do without."""
+        """The names of those inputs that it can do without."""
         return set()
 
     def reads(self) -> set[str]:
@@ -277,23 +277,17 @@ def counts(kind: Any, number: Any) -> bool:
 async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
     """One activation of a node, the same in every executor (I4); `failure`: of a child, or ''.
     RunError when it has failed for good and none of its edges carries the action `error`."""
-    started, task = time.monotonic(), asyncio.current_task()
-    cancels = task.cancelling() if task else 0
+    started = time.monotonic()
     try:
         if failure:
             raise Permanent(failure)
-        prepared = await node.prep(ctx)
-        if isinstance(prepared, Park):
-            return _admit(node, ctx, prepared)
-        result = await _attempts(node, ctx, prepared, record)
-        action = await node.post(ctx, prepared, result) or DEFAULT
-        if action not in (DEFAULT, *node.actions):
-            raise ValueError(f"its action {action!r:.80} is on none of its edges")
-        if odd := [each for each in ctx.usage.items() if not counts(*each)]:
-            raise ValueError(f"its usage is whole tokens by kind, not {odd[0]!r:.80}")
-    except (Exception, asyncio.CancelledError) as error:
+        # In a task of its own: else a node that cancels its task would cancel what we do after it.
+        action = await asyncio.create_task(_steps(node, ctx, record))
+        if isinstance(action, Park):
+            return action
+    except BaseException as error:
         if isinstance(error, asyncio.CancelledError):
-            if task and task.cancelling() > cancels:
+            if (task := asyncio.current_task()) and task.cancelling():
                 raise  # we are told to stop
             error = Permanent("it has cancelled itself")
         kind = "" if isinstance(error, (Permanent, TryLater)) else f"{type(error).__name__}: "
@@ -301,13 +295,23 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         if ERROR not in node.actions:
             raise RunError(text) from error
         action, ctx.changes = ERROR, {node.id: encode(text)}
-    finally:
-        if task and task.cancelling() > cancels:
-            await asyncio.sleep(0)  # what the node did to this task strikes now, and nothing later
     usage = {kind: n for kind, n in ctx.usage.items() if counts(kind, n)}
     event = {"node": node.id, "visit": ctx.visit, "action": action, "usage": usage}
     event["seconds"] = round(time.monotonic() - started, 3)
     return Outcome(action, ctx.changes, usage, event)
+
+
+async def _steps(node: Node, ctx: Context, record: Record) -> str | Park:
+    prepared = await node.prep(ctx)
+    if isinstance(prepared, Park):
+        return _admit(node, ctx, prepared)
+    result = await _attempts(node, ctx, prepared, record)
+    action = await node.post(ctx, prepared, result) or DEFAULT
+    if action not in (DEFAULT, *node.actions):
+        raise ValueError(f"its action {action!r:.80} is on none of its edges")
+    if odd := [each for each in ctx.usage.items() if not counts(*each)]:
+        raise ValueError(f"its usage is whole tokens by kind, not {odd[0]!r:.80}")
+    return action
 
 
 def _admit(node: Node, ctx: Context, park: Park) -> Park:
@@ -543,8 +547,8 @@ class Flow:
 
     @cached_property
     def needs(self) -> set[str]:
-        """The keys that must be given at the start: the first key of each input of which no key has
-        a default or is written by a node that leads there."""
+        """The keys that must be given at the start: the first key of each input that its node
+        cannot do without, if none of the input's keys has a default or is written before it."""
         writes = {node: self.writes(node) for node in self.nodes}
         needs: set[str] = set()
         for node, step in self.nodes.items():
@@ -613,7 +617,7 @@ class Status:
     result: Any
     context: dict[str, Any]
     error: str
-    usage: dict[str, int]  # model tokens, by kind
+    usage: dict[str, int]  # model tokens of what has been committed, by kind
     tokens: dict[str, str]  # node: mark
 
     @classmethod
@@ -740,8 +744,8 @@ class MemoryRun(Run):
                 ready = self._commit(ready[0], await self._activate(ready[0]))
         except RunError as error:
             self._end(FAILED, str(error))
-        except BaseException as error:  # a node has ended this task, and must not hang its run
-            self._end(FAILED, f"one of its nodes has ended its task: {error!r}")
+        except Exception as error:  # of ours, or one that cannot say what it is
+            self._end(FAILED, f"{type(error).__name__}, as the log shows")
             raise
 
     async def _activate(self, id: str) -> Outcome:
@@ -894,9 +898,9 @@ local function waits(job)  -- else it has news, or children to start
   local left, missing = unpack(call('HMGET', parked, job .. ' left', job .. ' missing'))
   return tonumber(left or 0) > 0 and tonumber(missing) <= 0
 end
--- A child's end, or a person's answer, is written once; but one that had failed may yet be
--- cancelled. All of them, or one failure, which takes as
--- much off `left` as all, queue the job, if it is parked and its run is running.
+-- A child's end, or a person's answer, is written once; but a failed child may yet be cancelled.
+-- When all have come, or one failure, which takes as much off `left` as all, the job is queued, if
+-- it is parked and its run is running.
 local function tell(run, parked, job, index, status)
   if call('EXISTS', run) == 0 or call('HEXISTS', parked, job) == 0 then return 0 end
   if call('HSETNX', parked, job .. ' ' .. index, a.told) == 0 then
@@ -1052,7 +1056,7 @@ return status
 # taken next or, with a `count` of what it waits for, aside, until it has something to read; aside
 # until a resume, if its run has failed; nowhere, if it is done or its run cancelled. With `dead` it
 # is taken only while the worker's heartbeat is missing; `crashed` adds to the job's crashes, but
-# what has crashed twice runs alone: what its worker died of `beside` others was one of them.
+# not if it has two, and others were `beside` it: then it only waited, and one of them did it.
 #   KEYS  .. heartbeat, or .. root for a job that waits
 #   a     job dead crashed beside, version count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
@@ -1089,8 +1093,8 @@ call('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
 # RESUME lets a failed run go on, if its state is still the one that was read: its parked jobs are
-# queued, but for those that have nothing to read. A child takes back what it told its parent, which
-# then waits for it again.
+# queued, but for those that still wait for an end or an answer. A child takes back what it told its
+# parent, which then waits for it again.
 #   KEYS  .. parents_parked
 #   a     seen version state jobs event parent index
 #   gives 1 if it did
@@ -1138,7 +1142,7 @@ PASSING = re.compile(  # the codes of errors that pass; those from inside a scri
     r"(^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
     r"|TRYAGAIN|UNBLOCKED)"
 )
-DEMOTED = re.compile(r"\b(MOVED|READONLY)\b")  # says a server that is no master any more
+DEMOTED = re.compile(r"\b(MOVED|READONLY)\b")  # says who is not, or no longer, our keys' master
 
 
 def transient(error: BaseException) -> bool:
@@ -1216,14 +1220,15 @@ class Link:
                 delay, self.back_since = 0.0, time.monotonic() + 10  # others may yet wait so long
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
-        """The replies, a refused command's error among them. TimeoutError after `patience` seconds
-        without one, and a second for each MB sent. Packed and sent in one go, which costs a worker
-        a sixth less than a pipeline of redis-py."""
+        """The replies, a refused command's error among them. TimeoutError if none comes for
+        `patience` seconds, and one more for each MB sent. Packed and sent in one go, which costs a
+        worker a sixth less than a pipeline of redis-py."""
         loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
         packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
         replies: list[Any] = []
+        patience += len(packed) / 1_000_000
         try:
-            async with asyncio.timeout(patience + len(packed) / 1_000_000) as limit:
+            async with asyncio.timeout(patience) as limit:
                 await self._connection.send_packed_command(packed)
                 while len(replies) < len(loads) + len(commands):
                     try:
@@ -1452,7 +1457,6 @@ class Held:
     executing: asyncio.Task[None] | None = None  # may be cancelled
     once: bool = False  # it has begun, and must not begin again
     outcome: Outcome | None = None  # is to be committed
-    over: bool = False  # nobody works on it any more
 
 
 class Worker:
@@ -1532,7 +1536,7 @@ class Worker:
             if not transient(error):
                 raise
             with suppress(exceptions.TimeoutError):
-                await self.executor.link.client.aclose()  # see READONLY in Link
+                await self.executor.link.client.aclose()  # see DEMOTED
             await asyncio.sleep(0.2)
 
     async def _bringing(self, count: int, reply: Awaitable[Any]) -> Any:
@@ -1580,8 +1584,6 @@ class Worker:
             await asyncio.sleep(1)  # lest it come again at once
             if self.held.get(job, held) is held:
                 await self._give_back(job, crashed=True)
-        finally:
-            held.over = True  # also if its node has ended this task, which _audit then finds
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
         """Read what a job needs; None if it must not run, or not now."""
@@ -1603,8 +1605,8 @@ class Worker:
         if place is None or not active():
             return None
         crashes = int(run.fields.get(f"crashes {job}", 0))
-        if crashes > 1 and not self._suspect:  # lest it take other jobs down with it once more
-            self._suspect = job
+        if 1 < crashes < CRASHES and not self._suspect:
+            self._suspect = job  # lest it take other jobs down with it once more
         if self._suspect not in ("", job):
             return None
         if self._suspect == job and len(self.held) + self._asked > 1:
@@ -1769,21 +1771,19 @@ class Worker:
         await self.send(*BEAT.on(keys, worker=self.id, lease=lease, doing=doing))
 
     async def _audit(self) -> None:
-        """Compare what this worker holds with its list, and let go of what is, two times in a row,
-        in only one of them: in the list, as a reply was lost, or here, as we seemed dead; and of
-        what nobody works on any more, as its node has ended our task (I3)."""
+        """Compare what this worker holds with its list, and let go of what is in only one of them
+        two times in a row: in the list, as a reply was lost, or here, as we seemed dead (I3)."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
         found = {**self.held}
-        over = {job for job, held in found.items() if held.over}
-        odd = ({*listed} ^ found.keys()) | over
+        odd = {*listed} ^ found.keys()
         for job in odd & self._odd:
             if self.held.get(job) is not found.get(job):
                 continue  # it has come or gone while we gave back another
             what = "audited" if job in listed else "lost"
-            why = "nobody here works on it" if job in listed else "it was taken from us"
+            why = "we did not know that we had it" if job in listed else "it was taken from us"
             log.warning("letting go of %s: %s", job, why)
             self.counts[what] += 1
-            await self._give_back(job, crashed=job in over)
+            await self._give_back(job)
         self._odd = odd
 
     async def _watch(self) -> None:

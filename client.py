@@ -20,8 +20,9 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dotenv import find_dotenv, load_dotenv
 from redis.exceptions import RedisError
@@ -63,6 +64,13 @@ def line_of(event: Event, root: str) -> str:
     return escape(f"{time.ctime(event['at'])[11:19]}  {where:<28} {event['event']:<10}{rest}")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that repeats no password, and nothing that could steer a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escape(re.sub(r"//\S*@", "//", message)))
+
+
 FITS = {  # what each subject goes with, but for --redis and --import, which go with all
     "usecase": "graphs input wait local draw dry_run json",
     "run": "status explain draw cancel resume answer input wait json",
@@ -75,7 +83,7 @@ COURSES = ("status", "explain", "draw", "cancel", "resume", "answer")
 
 def parse() -> argparse.Namespace:
     """The command line, with the flags named above; ends with exit code 2 where it is wrong."""
-    parser = argparse.ArgumentParser("client.py", description=__doc__, allow_abbrev=False)
+    parser = Parser("client.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     subject = parser.add_mutually_exclusive_group(required=True)
     for name, value in dict(re.findall(r"--([a-z-]+)( [A-Z=]+)?", f"{__doc__}")).items():
@@ -84,20 +92,17 @@ def parse() -> argparse.Namespace:
         group.add_argument(f"--{name}", action=many if value else "store_true")
     args = parser.parse_args()
     given = [name for name, value in vars(args).items() if value not in (None, False)]
-    [about] = (name for name in FITS if name in given)
+    [args.about] = (name for name in FITS if name in given)
     for name in given:
-        if name not in (about, "redis", "import", *FITS[about].split()):
-            parser.error(f"--{name.replace('_', '-')} does not go with --{about}; see --help")
-    if len(courses := [f"--{name}" for name in COURSES if name in given]) > 1:
-        parser.error(f"{' and '.join(courses)}: one at a time")
-    if len(args.answer or ()) > 1:
-        parser.error("--answer: one at a time")
+        if name not in (args.about, "redis", "import", *FITS[args.about].split()):
+            parser.error(f"--{name.replace('_', '-')} does not go with --{args.about}; see --help")
+    if len(courses := [name for name in COURSES if name in given] + (args.answer or [])[1:]) > 1:
+        parser.error(f"--{' and --'.join(courses)}: one at a time")
     if args.json and (args.draw or args.explain):
         parser.error("--draw and --explain give a text, and no JSON")
-    if about == "run" and args.input and not args.resume:
+    if args.about == "run" and args.input and not args.resume:
         parser.error("--input goes with --usecase or --resume")
-    args.about = about
-    args.wait |= args.local or (args.json and about == "usecase")
+    args.wait |= args.local or (args.json and args.about == "usecase")
     return args
 
 
@@ -198,11 +203,13 @@ async def follow(args: argparse.Namespace, run: Run) -> None:
         if question := event.get("question"):
             say("    | " + escape(question, "\n").replace("\n", "\n    | "), out)
             if isinstance(run, MemoryRun):
-                await run.answer(event["node"], await ask(), event["run"])
+                answer = await ask()
+                with suppress(RunError):  # the run has failed meanwhile
+                    await run.answer(event["node"], answer, event["run"])
             elif args.wait and not over:
                 say(f"{ANSWER.format(event['run'], event['node'])}{args.at}")
     status = await run.status()
-    used = ", ".join(f"{count} {kind}" for kind, count in status.usage.items()) or "none"
+    used = ", ".join(f"{count} {kind}" for kind, count in sorted(status.usage.items())) or "none"
     say(f"run {run.id} of {status.flow} is {status.status}; tokens used: {used}", out)
     if args.json:
         document = {key: value for key, value in vars(status).items() if key != "tokens"}
@@ -263,17 +270,15 @@ async def workers(executor: RedisExecutor, at: str) -> dict[str, str]:
 async def overview(args: argparse.Namespace) -> None:
     """Print what the workers do and what waits, or the recent runs: a line each."""
     executor = await reach(args.redis)
-    for what, place in (await workers(executor, args.at)).items() if args.workers else ():
-        say(f"{what} {place}", sys.stdout)
-    newest: Any = ()
-    if args.runs:
-        runs = executor.key("runs")
-        newest = await executor.link.client.zrevrange(runs, 0, 19, withscores=True)
-    for id, began in newest:
+    if args.workers:
+        for what, place in (await workers(executor, args.at)).items():
+            say(f"{what} {place}", sys.stdout)
+        return
+    newest: Any = executor.link.client.zrevrange(executor.key("runs"), 0, 19, withscores=True)
+    for id, began in await newest:
         if run := await executor.find(id):
-            nodes = ", ".join(run.state.tokens)
-            about = f"{run.origin.flow:<20} {run.phase:<10} {time.time() - began:>7.0f} s  {nodes}"
-            say(f"{id}  {about}", sys.stdout)
+            about = f"{run.origin.flow:<20} {run.phase:<10} {time.time() - began:>7.0f} s"
+            say(f"{id}  {about}  {', '.join(run.state.tokens)}", sys.stdout)
 
 
 if __name__ == "__main__":
@@ -287,7 +292,7 @@ if __name__ == "__main__":
         say(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        say("the run ends here" if args.local else "the run goes on; --run ID --wait follows it")
+        say("the run ends here" if args.local else "what is queued goes on; see --run ID --wait")
         sys.exit(130)
     except OSError as error:  # of stdout; an ordinary exit would try once more, and complain
         if not isinstance(error, BrokenPipeError):  # else nobody wants to read on

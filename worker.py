@@ -16,7 +16,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from agentflow import RunError, Worker
-from client import escape, public, reach, set_up
+from client import Parser, escape, public, reach, set_up
 
 log = logging.getLogger("agentflow")
 
@@ -62,7 +62,7 @@ async def work(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--concurrency", type=int, default=10, metavar="N")
     parser.add_argument("--import", metavar="MODULE", action="append", default=[])
     parser.add_argument("--redis", metavar="URL", help="REDIS_URL, else redis://localhost:6379")

@@ -58,7 +58,7 @@ from agentflow import (
     Script,
     Worker,
 )
-from graphs.check import Field, choices, may_overlap
+from graphs.check import Field, may_overlap
 
 Graph = dict[str, Any]
 Proved = tuple[Counter[str], dict[int, str]]  # figures, and what is wrong with which seed
@@ -299,11 +299,9 @@ def add_inputs(rng: random.Random, graph: Graph) -> None:
     bare = [{"id": node["id"], "type": "hash"} for node in graph["nodes"]]
     flow = Flow("", {"nodes": bare, "edges": graph["edges"]}, Registry({}))
     writers: dict[str, list[str]] = {node["id"]: [node["id"]] for node in bare}
-    by = choices(flow)
 
     def free(node: str, key: str) -> bool:
-        others = (other for other in writers[key] if other != node)
-        return not any(may_overlap(flow, node, other, by) for other in others)
+        return not any(may_overlap(flow, node, other) for other in writers[key] if other != node)
 
     pure = [node for node in graph["nodes"] if node["type"] == "hash"]
     for node in pure:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
-import json
 import os
 import re
 from typing import Any
@@ -74,7 +73,7 @@ def settings() -> tuple[str, str, str]:
 def model_status() -> str:
     """Which model will be asked, where, and whether a key is missing; without any secret."""
     model, url, key = settings()
-    shown = re.sub(r"(?<=//)[^/]*@|\?.*", "", url)
+    shown = re.sub(r"^(\w+://)?.*@", r"\1", url.partition("?")[0])
     return f"model {model} at {shown}" + ("" if key else f"; {NO_KEY}")
 
 
@@ -83,8 +82,8 @@ async def fetch(request: dict[str, Any]) -> str:
     try:
         parts = urlsplit(request["url"])
         host, _ = parts.hostname, parts.port
-    except ValueError as error:  # which the port raises, for instance
-        raise Permanent(f"that is not the URL of a server: {error}") from None
+    except ValueError:  # which the port raises, for instance; its text may hold a password
+        raise Permanent("that is not the URL of a server: see its host and its port") from None
     text = ""
     _, httpx2, client = await connect()
     try:
@@ -115,13 +114,13 @@ async def complete(
             answer = await server.chat.completions.create(
                 model=model, messages=messages, extra_body=options
             )
-    except (openai.APIError, json.JSONDecodeError) as error:
+    except (openai.APIError, ValueError) as error:
         said = " ".join(f"{error} {error.__cause__ or ''}".replace(key, "***").split())
         hint = HINTS.get(getattr(error, "status_code", 0), "")
         raise problem(error, f"{model_status()}: {said:.300}{hint}") from None
     for kind in ("prompt_tokens", "completion_tokens"):
-        count = getattr(getattr(answer, "usage", None), kind, None) or 0
-        usage[kind] = usage.get(kind, 0) + count
+        count = getattr(getattr(answer, "usage", None), kind, None)
+        usage[kind] = usage.get(kind, 0) + (count if type(count) is int else 0)
     choices = getattr(answer, "choices", None)
     first = choices[0] if isinstance(choices, list) and choices else None
     text = getattr(getattr(first, "message", None), "content", None)

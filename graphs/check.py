@@ -8,9 +8,11 @@ the same time must not use one key that one of them writes: that makes I4 of age
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +56,7 @@ def parse_json(text: str) -> Any:
 
 def load(folder: str | Path) -> Registry:
     """The graphs in a folder; a file's stem is its flow's id. GraphError without a folder."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise GraphError(f"{folder}: $: is not a folder; name the one with the graphs")
     graphs: dict[str, Any] = {}
     for file in sorted(Path(folder).glob("*.json")):
@@ -68,14 +70,17 @@ def load(folder: str | Path) -> Registry:
 # ── 2. Parts ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _paths(value: Any) -> bool:
-    """Whether it is a path, or a list of some: texts that begin with a key."""
-    values = value if isinstance(value, list) else [value]
-    return bool(values) and all(isinstance(v, str) and v.partition("/")[0] for v in values)
-
-
 def _is_key(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable() and value != "" and "/" not in value
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and _is_key(value.partition("/")[0])
+
+
+def _paths(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(map(_is_path, values))
 
 
 def _safe_id(value: Any) -> bool:
@@ -93,6 +98,11 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "an object of key: key",
         lambda v: isinstance(v, dict) and all(map(_is_key, [*v, *v.values()])),
     ),
+    "path": ("a context key, printable, or a path that begins with one", _is_path),
+    "defaults": (
+        "an object, its keys printable and without a slash",
+        lambda v: isinstance(v, dict) and all(map(_is_key, v)),
+    ),
     "object": ("an object", lambda v: isinstance(v, dict)),
     "list": ("a list", lambda v: isinstance(v, list)),
     "count": ("a whole number from 0 to 1000", lambda v: type(v) is int and 0 <= v <= 1000),
@@ -100,7 +110,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "any": ("a JSON value", lambda v: True),
 }
 GRAPH = {"nodes": Field("list", required=True), "edges": Field("list")}
-GRAPH |= {"description": Field("text"), "inputs": Field("object"), "expect": Field("object")}
+GRAPH |= {"description": Field("text"), "inputs": Field("defaults"), "expect": Field("object")}
 NODE = {"id": Field("id", required=True), "type": Field("text", required=True)}
 NODE |= {"data": Field("object"), "config": Field("object")}
 EDGE = {"source": Field("id", required=True), "target": Field("id", required=True)}
@@ -189,7 +199,7 @@ def reached(flow: Flow, sources: Iterable[str], stop: str) -> set[str]:
     return {*found}
 
 
-class Choice(NamedTuple):
+class Chooser(NamedTuple):
     """A node with several actions, and what is reached without going on behind it."""
 
     node: str
@@ -197,10 +207,11 @@ class Choice(NamedTuple):
     behind: list[set[str]]  # by each action
 
 
-def choices(flow: Flow) -> list[Choice]:
+@functools.lru_cache(maxsize=1)  # for all pairs of the flow that is being checked
+def choosers(flow: Flow) -> list[Chooser]:
     """The nodes that may choose what runs."""
     return [
-        Choice(
+        Chooser(
             node,
             reached(flow, flow.starts, node),
             [reached(flow, targets, node) for targets in forks(flow, [node])],
@@ -210,27 +221,27 @@ def choices(flow: Flow) -> list[Choice]:
     ]
 
 
-def chooses(flow: Flow, choice: Choice, ends: set[str]) -> bool:
-    """Whether both ends are reached through a node only, and by different actions of it."""
-    if choice.node in ends or ends & choice.before:
+def chooses(flow: Flow, by: Chooser, ends: set[str]) -> bool:
+    """Whether both ends are reached through this node only, and by different actions of it."""
+    if by.node in ends or ends & by.before:
         return False
     for loop in flow.loops:
-        if choice.node in loop.body and ends - loop.body:
+        if by.node in loop.body and ends - loop.body:
             # One end is behind a loop that the node is in. If its token can be there while the
             # loop goes on, the other's may come in a later round.
-            if any(choice.node in found and ends & found for found in choice.behind):
+            if any(by.node in found and ends & found for found in by.behind):
                 return False
             if any(len(loop.body.intersection(ts)) > 1 for ts in forks(flow, loop.body)):
                 return False
-    return all(len(ends & found) < 2 for found in choice.behind)
+    return all(len(ends & found) < 2 for found in by.behind)
 
 
-def may_overlap(flow: Flow, one: str, other: str, by: list[Choice]) -> bool:
-    """Whether two nodes may be active at the same time: neither is upstream of the other, and none
-    of these choices is between them."""
+def may_overlap(flow: Flow, one: str, other: str) -> bool:
+    """Whether two nodes may be active at the same time: neither is upstream of the other, and no
+    node chooses between them."""
     if flow.bit[one] & flow.upstream[other] or flow.bit[other] & flow.upstream[one]:
         return False
-    return not any(chooses(flow, choice, {one, other}) for choice in by)
+    return not any(chooses(flow, by, {one, other}) for by in choosers(flow))
 
 
 def check_nodes(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
@@ -267,15 +278,14 @@ def check_loops(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_keys(flow: Flow, places: Mapping[str, str]) -> Iterator[Finding]:
     """Nodes that may run at the same time and use one key that one of them writes (I4)."""
-    writes, by = {id: flow.writes(id) for id in flow.nodes}, choices(flow)
+    writes = {id: flow.writes(id) for id in flow.nodes}
     users: dict[str, list[str]] = {}
     for id, node in flow.nodes.items():
         for key in node.reads() | writes[id]:
             users.setdefault(key, []).append(id)
     for key, nodes in users.items():
         for one, other in itertools.combinations(nodes, 2):
-            written = key in writes[one] or key in writes[other]
-            if written and may_overlap(flow, one, other, by):
+            if (key in writes[one] or key in writes[other]) and may_overlap(flow, one, other):
                 both = f'"{one}" and "{other}" may run at the same time, and one writes'
                 yield places[other], f'{both} the key "{key}", which the other one uses (I4)'
 
@@ -314,7 +324,8 @@ def check(registry: Registry, id: str) -> list[str]:
             certain += [c for c in more if c not in certain[1:]]
         if flow_id in certain[1:]:
             found.append((flow_id, ("$", "it runs itself for ever; let a node choose")))
-    return [f"{registry.folder}{file}.json: {place}: {text}" for file, (place, text) in found]
+    lines = [f"{registry.folder}{file}.json: {place}: {text}" for file, (place, text) in found]
+    return [line.replace("\n", "\\n") for line in lines]
 
 
 Registry.checks.append(check)

@@ -57,8 +57,8 @@ class Templated(Node):
     templates: tuple[str, ...] = ("promptTemplate",)
 
     def names(self) -> list[str]:
-        texts = [self.data.get(field) for field in self.templates]
-        return sorted({*NAME.findall(as_text(texts))})
+        texts = [as_text(self.data.get(field, "")) for field in self.templates]
+        return sorted({*NAME.findall(" } { ".join(texts))})  # no name leads into the next text
 
     async def prep(self, ctx: Context) -> Any:
         given = [field for field in self.templates if field in self.data]
@@ -128,7 +128,7 @@ class Choice(Node):
 
     async def rehearse(self, prepared: Any) -> Any:
         made_up = self.data.get("example", [*self.labels(), "made-up answer"][0])
-        return prepared if isinstance(prepared, str) else made_up
+        return prepared if isinstance(prepared, str) else self.match(made_up)
 
     async def post(self, ctx: Context, prepared: Any, result: Any) -> str:
         ctx[self.id] = result
@@ -213,7 +213,7 @@ class Map(SubWorkflow):
     """Runs another flow for each item of a list, all at the same time."""
 
     fields = FLOW | {
-        "over": Field("text", "the context key of the list, or a path to it", True),
+        "over": Field("path", "the context key of the list, or a path to it", True),
         "as": Field("id", "the child key of the item", True),
     }
 
