@@ -1220,13 +1220,14 @@ class Link:
                 delay, self.back_since = 0.0, time.monotonic() + 10  # others may yet wait so long
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
-        """The replies, a refused command's error among them. TimeoutError if none comes for
+        """The replies, a refused command's error among them. TimeoutError if none comes for about
         `patience` seconds, and one more for each MB sent. Packed and sent in one go, which costs a
         worker a sixth less than a pipeline of redis-py."""
         loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
         packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
-        replies: list[Any] = []
         patience += len(packed) / 1_000_000
+        replies, clock = list[Any](), asyncio.get_running_loop().time
+        latest = clock()
         try:
             async with asyncio.timeout(patience) as limit:
                 await self._connection.send_packed_command(packed)
@@ -1237,7 +1238,9 @@ class Link:
                         if DEMOTED.search(f"{refusal.status_code} {refusal}"):
                             raise  # for a new connection may lead to the new master
                         replies.append(refusal)
-                    limit.reschedule(asyncio.get_running_loop().time() + patience)
+                    if clock() > latest + 1:  # a new timer for each reply would cost more
+                        latest = clock()
+                        limit.reschedule(latest + patience)
         except BaseException:
             await self._connection.disconnect(nowait=True)  # what still comes is nobody's reply
             raise
