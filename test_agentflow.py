@@ -3644,6 +3644,32 @@ async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(
     assert await is_status(child, FAILED) and len(gate.begun("x")) == 1
 
 
+async def test_a_map_that_is_delivered_again_starts_no_child_again_and_no_more(
+    space: Space, gate: Gate
+) -> None:
+    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
+    noted = gate.data | {"holds": 0}
+    child = graph("w -good-> x; w -bad-> q; q -approve-> z", w=by_item, x=noted, q=WAIT)
+    space.worker()
+    run = await Registry({"flow": graph("m", m=MAP), "child": child})["flow"].run(
+        {"items": ["good", "bad"]}, space.executor
+    )
+    await wait_until(lambda: not space.lists() and gate.begun("x"))
+    good, bad = await run.children()
+    space.redis.delete(*good.keys[:3])  # as if it had ended a week ago
+    space.redis.hset(run.keys[1], "items", '["good", "bad", "good"]')
+
+    [job] = [*run.active().values()]
+    space.redis.hdel(run.keys[2], f"{job} is parked")  # as if its worker had died before that
+    space.redis.lpush(space.key("ready"), job)
+    await wait_until(lambda: space.redis.hexists(run.keys[2], f"{job} is parked"))
+    await bad.answer("q", "approve")
+    end = await end_of(run)
+
+    assert [{*item} - {"item", "w"} for item in end.context["m"]] == [{"x"}, {"q", "z"}]
+    assert len(gate.begun("x")) == 1
+
+
 @pytest.mark.parametrize("now", [["good", "bad", "good"], [], "gone"])
 async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
     space: Space, gate: Gate, now: Any
