@@ -100,7 +100,7 @@ class TryLater(Exception):
 
     def __init__(self, text: str, after: float | None = None) -> None:
         super().__init__(text)
-        self.after = after
+        self.after = max(0.0, after or 0.0)  # 0, also for a moment that is past: as usual
 
 
 # ── 1. Context ───────────────────────────────────────────────────────────────────────────────
@@ -341,7 +341,7 @@ async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> 
         except Permanent:
             raise
         except TryLater as error:  # bounded by time, not by count
-            reason, delay = str(error), max(0.0, error.after or 0) or delay
+            reason, delay = str(error), error.after or delay
             if time.monotonic() - started + delay > PATIENCE:
                 raise
         except Exception as error:
@@ -793,8 +793,8 @@ class MemoryRun(Run):
     def _end(self, phase: str, error: str = "") -> None:
         if self.phase == RUNNING:
             self.phase, self.error = phase, error
-            asked = self.root.questions.items()
-            self.root.questions = {k: q for k, q in asked if k.split("/")[0] != self.id}
+            for asked in [key for key in self.root.questions if key.startswith(f"{self.id}/")]:
+                del self.root.questions[asked]  # an answer would be lost
             self._record(phase, error=error)
             self.over.set()
 
@@ -1590,7 +1590,7 @@ class Worker:
 
     async def _claim(self, job: str, held: Held) -> Claimed | None:
         """Read what a job needs; None if it must not run, or not now."""
-        id, name, mark = job.split("/")
+        id = job.partition("/")[0]
         read = READ.on(self.executor.keys(job), job=job)
         fields, context, texts, place = await self.send(*read)
         if not fields:
@@ -1600,34 +1600,43 @@ class Worker:
         run = self._runs.get(id) or RedisRun(self.executor, id, origin)
         self._runs[id] = run
         run.update(fields, context)  # at once, for this is soon out of date
-
-        def active() -> bool:  # else it is done, say, or somebody else has it by now
-            runs = run.phase == RUNNING and run.state.tokens.get(name) == mark
-            return runs and self.held.get(job) is held
-
-        if place is None or not active():
+        if place is None or not self._may_run(job, run, held):
             return None
         crashes = int(run.fields.get(f"crashes {job}", 0))
         if 1 < crashes < CRASHES and not self._suspect:
             self._suspect = job  # lest it take other jobs down with it once more
         if self._suspect not in ("", job):
             return None
-        if self._suspect == job and len(self.held) + self._asked > 1:
-            while self._suspect == job and len(self.held) + self._asked > 1:
-                await asyncio.sleep(0.05)
+        waited = False
+        while self._suspect == job and len(self.held) + self._asked > 1:
+            await asyncio.sleep(0.05)
+            waited = True
+        if waited:
             return await self._claim(job, held)  # for what was read is old
+        node = await self._node(job, run, crashes)
+        if not node or not self._may_run(job, run, held):
+            return None
+        return self._claimed(job, run, node, [json.loads(text) for text in texts])
+
+    def _may_run(self, job: str, run: RedisRun, held: Held) -> bool:
+        """Whether a job is still to be run, and by this delivery."""
+        _, node, mark = job.split("/")
+        active = run.phase == RUNNING and run.state.tokens.get(node) == mark
+        return active and self.held.get(job) is held
+
+    async def _node(self, job: str, run: RedisRun, crashes: int) -> Node | None:
+        """The node of a job; None, and its run has failed, if it must not or cannot be built: to
+        build it may be what kills its workers."""
+        name = job.split("/")[1]
+        text = f'node "{name}": {crashes} workers died or erred with it; see their logs'
         try:
-            node = (await self._flow(origin)).nodes[name] if crashes < CRASHES else None
+            node = (await self._flow(run.origin)).nodes[name] if crashes < CRASHES else None
+            if node and (node.retries or not crashes):
+                return node
         except Exception as error:
             text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
-            await self._fail(job, run, text)
-            return None
-        if not node or (crashes and not node.retries):
-            text = f'node "{name}": {crashes} workers died or erred with it; see their logs'
-            await self._fail(job, run, text)
-            return None
-        claimed = self._claimed(job, run, node, [json.loads(text) for text in texts])
-        return claimed if active() else None
+        await self._fail(job, run, text)
+        return None
 
     def _claimed(self, job: str, run: RedisRun, node: Node, told: list[Any] = []) -> Claimed:
         """What a job needs, from what is known of its run now. It is given its results when
@@ -1808,10 +1817,10 @@ class Worker:
         for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
             if listed and not await self.send("EXISTS", self.key("worker", worker)):
                 log.warning("worker %s is dead; giving back %d jobs", worker, len(listed))
-                how = {"dead": True, "crashed": True, "beside": len(listed) > 1}
-                moves = [
-                    self.send(*RELEASE.on(self.executor.keys(job, worker), {}, job=job, **how))
-                    for job in listed
-                ]
+                moves = list[asyncio.Future[Any]]()  # sent in one go, for `beside` is of them all
+                for job in listed:
+                    keys, beside = self.executor.keys(job, worker), len(listed) > 1
+                    move = RELEASE.on(keys, job=job, dead=True, crashed=True, beside=beside)
+                    moves.append(self.send(*move))
                 self.counts["reaped"] += sum(await asyncio.gather(*moves))
         await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - 24 * 3600)

@@ -2617,8 +2617,7 @@ async def test_a_job_that_waits_to_be_alone_is_not_charged_with_what_others_do(
     other = space.worker()
     await wait_until(lambda: other.counts["reaped"] == 2)
     charged = [space.redis.hget(runs[1].keys[0], crashes)]
-    await gate.reached("b")
-    # it is alone now
+    await gate.reached("b")  # alone
     space.redis.lmove(other.processing, space.key("processing", "late"))
     space.redis.zadd(space.key("workers"), {"late": time.time()})
     await wait_until(lambda: other.counts["reaped"] == 3)

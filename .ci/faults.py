@@ -621,7 +621,9 @@ async def f6(graphs: int, jobs: int = 24, seed: int = 0, at_once: int = 12) -> C
                 figures["kills"] += stage.crew.kill(stage.crew.alive[0])
             values, done = await stage.ended(run)
             # Who remembers what a child gave goes on with it, while the child may be at work again.
-            again = Counter({k: n for k, n in (right[1] - done).items() if k[:5] != "main/"})
+            again = Counter(
+                {k: n for k, n in (right[1] - done).items() if not k.startswith("main/")}
+            )
             figures["activations of children under way"] += again.total()
             compare(right, (values, done + again))
             figures["cuts with workers alive"] += 1
