@@ -302,6 +302,7 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
 
 
 async def _steps(node: Node, ctx: Context, record: Record) -> str | Park:
+    """Prep, exec and post: the action that they come to, or what prep wants to wait for."""
     prepared = await node.prep(ctx)
     if isinstance(prepared, Park):
         return _admit(node, ctx, prepared)
@@ -1538,8 +1539,8 @@ class Worker:
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
-            with suppress(exceptions.TimeoutError):
-                await self.executor.link.client.aclose()  # see DEMOTED
+            with suppress(exceptions.TimeoutError):  # as in Link.close
+                await self.executor.link.client.aclose()  # a new one may lead to the new master
             await asyncio.sleep(0.2)
 
     async def _bringing(self, count: int, reply: Awaitable[Any]) -> Any:
@@ -1580,7 +1581,7 @@ class Worker:
                     held.outcome = outcome
                     await self._commit(job, held, claimed)
             except RunError as error:
-                if self.held.get(job, held) is held:  # else it was taken from us, and has come back
+                if self.held.get(job, held) is held:  # else a newer delivery has it, here
                     await self._fail(job, claimed.run, str(error))
         except Exception:  # charged, so that it does not come again for ever
             log.exception("giving back %s, as if we had crashed", job)
@@ -1625,8 +1626,8 @@ class Worker:
         return active and self.held.get(job) is held
 
     async def _node(self, job: str, run: RedisRun, crashes: int) -> Node | None:
-        """The node of a job; None, and its run has failed, if it must not or cannot be built: to
-        build it may be what kills its workers."""
+        """The node of a job; None, and its run fails, if it has crashed too often, in which case it
+        is not even built, for that may be what kills its workers; or if it cannot be built."""
         name = job.split("/")[1]
         text = f'node "{name}": {crashes} workers died or erred with it; see their logs'
         try:
