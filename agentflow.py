@@ -40,7 +40,9 @@ What holds, whatever is killed, whenever; each is named where it is upheld:
         list, one worker's processing list, or parked.
     I3  A run that can move moves; one that cannot says why. No job is dropped in silence.
     I4  With deterministic nodes, executors agree in the context and in each (node, visit, action).
-    I5  Every key of a run has a TTL; a run that has ended leaves nothing else behind.
+    I5  Every key of a run has a TTL. Else an ended run leaves only its entry in `runs`.
+
+Not promised: that a node executes only once; what Redis itself loses; an order between runs.
 
 Sections: 1 Context, 2 Node, 3 Flow and the one rule, 4 Registry, 5 In memory,
 6 Redis: keys and scripts, 7 Redis: starting and steering runs, 8 Redis: the worker.
@@ -173,7 +175,7 @@ class Child:
     flow: str
     inputs: dict[str, Any]
     gives: list[str] | None = None
-    values: dict[str, str] = field(default_factory=dict)  # its context; made by execute
+    values: dict[str, str] = field(default_factory=dict)  # its context, made from the inputs
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ class Outcome(NamedTuple):
     event: dict[str, Any]  # what is recorded of it
 
 
-def counts(kind: Any, number: Any) -> bool:
+def is_usage(kind: Any, number: Any) -> bool:
     """Whether so many model tokens of this kind can be added to a run's usage."""
     named = isinstance(kind, str) and kind.isprintable()
     return named and type(number) is int and abs(number) <= MAX_COUNT
@@ -295,7 +297,7 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
         if ERROR not in node.actions:
             raise RunError(text) from error
         action, ctx.changes = ERROR, {node.id: encode(text)}
-    usage = {kind: n for kind, n in ctx.usage.items() if counts(kind, n)}
+    usage = {kind: n for kind, n in ctx.usage.items() if is_usage(kind, n)}
     event = {"node": node.id, "visit": ctx.visit, "action": action, "usage": usage}
     event["seconds"] = round(time.monotonic() - started, 3)
     return Outcome(action, ctx.changes, usage, event)
@@ -310,7 +312,7 @@ async def _steps(node: Node, ctx: Context, record: Record) -> str | Park:
     action = await node.post(ctx, prepared, result) or DEFAULT
     if action not in (DEFAULT, *node.actions):
         raise ValueError(f"its action {action!r:.80} is on none of its edges")
-    if odd := [each for each in ctx.usage.items() if not counts(*each)]:
+    if odd := [each for each in ctx.usage.items() if not is_usage(*each)]:
         raise ValueError(f"its usage is whole tokens by kind, not {odd[0]!r:.80}")
     return action
 
@@ -373,7 +375,7 @@ class State(NamedTuple):
 
     tokens: dict[str, str]  # node: mark
     visits: dict[str, int]  # node in a loop: its activations since the loop was entered
-    steps: int = 0  # activations that have ended
+    steps: int = 0  # activations that have ended since the run was started or resumed
 
 
 class Loop(NamedTuple):
@@ -427,7 +429,7 @@ class Flow:
     def advance(self, state: State, node: str, action: str, mark: str) -> tuple[State, list[str]]:
         """The state after an active node has ended with an action, and the nodes that this made
         active, with this mark. Pure: every executor gets the same (I4). RunError where the run
-        seems to go on for ever; any other would be a bug."""
+        seems to go on for ever; any other RunError would be a bug."""
         if state.steps >= MAX_STEPS:
             why = f"the run has taken {MAX_STEPS} steps; does a loop lack a limit?"
             raise RunError(f'node "{node}": {why}')
@@ -438,7 +440,7 @@ class Flow:
                 raise RunError(f'node "{target}" was reached while active; please report this')
             tokens[target] = RETURNED if (node, target) in self._back else WAITING
         state, ready = self._activate(State(tokens, state.visits, state.steps + 1), mark)
-        if state.tokens and not {*state.tokens.values()} - {*IDLE}:
+        if state.tokens and all(mark in IDLE for mark in state.tokens.values()):
             raise RunError(f"all tokens wait, {tokens}, and none may run; please report this")
         return state, ready
 
@@ -459,14 +461,14 @@ class Flow:
         upstream of it; and if its token has returned to the head of a loop, also those in the
         loop's body, for the round is not over. A returned token stands for the next round: nodes
         in the body do not wait for it, nodes behind the loop do."""
+        everywhere = self._mask(tokens)
         returned = self._mask(node for node, mark in tokens.items() if mark == RETURNED)
-        current = self._mask(tokens) ^ returned
         found: dict[str, int] = {}
         for node, mark in tokens.items():
             if mark in IDLE:
                 own_loop = self._body[node] if mark == RETURNED else 0
-                counted = current | (returned & ~self._heads[node])
-                found[node] = counted & (self.upstream[node] | own_loop)
+                next_round = returned & self._heads[node]
+                found[node] = everywhere & (self.upstream[node] | own_loop) & ~next_round
         return found
 
     # What the rule reads, found once, when the flow is built.
@@ -475,18 +477,18 @@ class Flow:
         self.bit = {node: 1 << i for i, node in enumerate(self.nodes)}
         edges = [(node, target) for node in self.nodes for target in self.leads_to(node)]
         self.ancestors = self._ancestors_along(edges)
-        # A start: only nodes that it leads to lead to it, and it is the first of these in the file.
+        # A start leads to all that lead to it, and none of them is before it in the file: bit - 1.
         self.starts = [
             node
             for node, bit in self.bit.items()
             if not self.ancestors[node] & (bit - 1)
-            and all(self.ancestors[n] & bit for n in self.members(self.ancestors[node]))
+            and all(self.ancestors[n] & bit for n in self.nodes_in(self.ancestors[node]))
         ]
         for node in (order := [*self.starts]):  # which grows meanwhile: breadth-first
             order += [target for target in self.leads_to(node) if target not in order]
         edges = [(source, target) for source in order for target in self.leads_to(source)]
-        # A loop nesting forest (Steensgaard 1993): a cycle's members have the same ancestors, its
-        # head is reached first; the same without the edges back to heads finds the loops inside.
+        # Loops within loops (Steensgaard 1993): the nodes of a loop have the same ancestors; its
+        # head comes first in `order`. Without the edges to the head, look for loops inside it.
         self.loops, self._back = list[Loop](), set[tuple[str, str]]()
         ancestors = self.ancestors
         while cyclic := [node for node in order if ancestors[node] & self.bit[node]]:
@@ -515,7 +517,7 @@ class Flow:
         """The targets of a node's edges, each once."""
         return [*dict.fromkeys(t for targets in self.targets[node].values() for t in targets)]
 
-    def members(self, mask: int) -> list[str]:
+    def nodes_in(self, mask: int) -> list[str]:
         """The nodes of a bit mask, in file order."""
         return [node for node, bit in self.bit.items() if mask & bit]
 
@@ -524,19 +526,19 @@ class Flow:
 
     def _ancestors_along(self, edges: list[tuple[str, str]]) -> dict[str, int]:
         """For each node the mask of those from which these edges lead to it."""
-        upstream = dict.fromkeys(self.nodes, 0)
+        ancestors = dict.fromkeys(self.nodes, 0)
         before: dict[str, int] = {}
-        while upstream != before:
-            before = dict(upstream)
+        while ancestors != before:
+            before = dict(ancestors)
             for source, target in edges:
-                upstream[target] |= upstream[source] | self.bit[source]
-        return upstream
+                ancestors[target] |= ancestors[source] | self.bit[source]
+        return ancestors
 
     def _side_work(self, head: str, members: set[str]) -> set[str]:
-        """Nodes that a loop starts beside itself, and that its next round waits for: reached only
-        from one another, or from a member by an action that also leads to a member; and they do
-        not lead back. Found as what is left when all that is reached otherwise is taken away."""
-        others = {*self.starts, *self.members(self.ancestors[head])}
+        """Nodes outside a loop for which its next round waits: no way leads from them into the
+        loop, and they are reached only from one another, or by an action of a member that leads
+        to a member, too. Found by taking from all nodes those that are reached otherwise."""
+        others = {*self.starts, *self.nodes_in(self.ancestors[head])}
         for node in (queue := [*others]):  # which grows meanwhile
             for targets in self.targets[node].values():
                 if node not in members or members.isdisjoint(targets):
@@ -553,7 +555,8 @@ class Flow:
         writes = {node: self.writes(node) for node in self.nodes}
         needs: set[str] = set()
         for node, step in self.nodes.items():
-            given = set(self.inputs).union(*(writes[n] for n in self.members(self.ancestors[node])))
+            before = self.nodes_in(self.ancestors[node])
+            given = set(self.inputs).union(*(writes[n] for n in before))
             for name in step.inputs.keys() - step.optional():
                 keys = [path.partition("/")[0] for path in step.inputs[name]]
                 if given.isdisjoint(keys):
@@ -609,8 +612,8 @@ Event = dict[str, Any]  # "at" (seconds since 1970), "event", "run", "flow", and
 
 @dataclass
 class Status:
-    """What is known of a run. `status` is one of the four words above; a failed run can still be
-    resumed. `result` is its final_output, or without one its whole context."""
+    """What is known of a run. `status`, a Run's `phase`, is one of the four words above; a failed
+    run can be resumed. `result` is its final_output, else its whole context."""
 
     run: str
     flow: str
@@ -709,19 +712,19 @@ class MemoryRun(Run):
         self.phase, self.error, self.over = RUNNING, "", asyncio.Event()
         self.depth: int = parent.depth + 1 if parent else 0
         self.root: MemoryRun = parent.root if parent else self  # which has what its children share:
-        self.usage, self.log, self.news = Counter[str](), list[Event](), asyncio.Event()
+        self.usage, self.history, self.news = Counter[str](), list[Event](), asyncio.Event()
         self.questions: dict[str, asyncio.Future[Any]] = {}  # by run/node
         self.state, ready = flow.first(new_id())
         self._record("started")
-        self.tasks = [asyncio.create_task(self._branch(ready))]  # or they might be collected
+        self.tasks = [asyncio.create_task(self._branch(ready))]  # else the event loop forgets them
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
         """What has happened, from the start; to follow it, also what happens until the end."""
         seen = 0
-        while (follow and self.phase == RUNNING) or seen < len(self.log):
-            if seen == len(self.log):
+        while (follow and self.phase == RUNNING) or seen < len(self.history):
+            if seen == len(self.history):
                 await self.news.wait()
-            yield self.log[seen]
+            yield self.history[seen]
             seen += 1
 
     async def status(self) -> Status:
@@ -742,14 +745,14 @@ class MemoryRun(Run):
         try:
             while ready:
                 self.tasks += [asyncio.create_task(self._branch([node])) for node in ready[1:]]
-                ready = self._commit(ready[0], await self._activate(ready[0]))
+                ready = self._commit(ready[0], await self._execute(ready[0]))
         except RunError as error:
             self._end(FAILED, str(error))
-        except Exception as error:  # of ours, or one that cannot say what it is
+        except Exception as error:  # a bug here, or an error whose str() fails
             self._end(FAILED, f"{type(error).__name__}, as the log shows")
             raise
 
-    async def _activate(self, id: str) -> Outcome:
+    async def _execute(self, id: str) -> Outcome:
         node, visit = self.flow.nodes[id], self.state.visits.get(id, 1)
         job, failure, results = f"{self.id}/{id}/{self.state.tokens[id]}", "", None
         while True:
@@ -800,15 +803,15 @@ class MemoryRun(Run):
             self.over.set()
 
     def _record(self, event: str, **more: Any) -> None:
-        self.root.log.append(event_of(event, self.id, self.flow.id, at=time.time(), **more))
+        self.root.history.append(event_of(event, self.id, self.flow.id, at=time.time(), **more))
         self.root.news.set()  # wakes who waits now,
         self.root.news.clear()  # and nobody later
 
 
 # ── 6. Redis: keys and scripts ───────────────────────────────────────────────────────────────
 # What several processes must agree on. A step that takes more than one command is a script, which
-# Redis runs as a whole. Redis takes nothing back when a script fails, so nothing in it may fail
-# after its first change; of an OOM it is safe there, for a script that has written may write on.
+# Redis runs as a whole, but does not undo when it fails. So nothing in it may fail after its first
+# write. (For want of memory, Redis refuses only a script that has not yet written.)
 #
 #   key                   type        holds
 #   ready                 list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
@@ -831,10 +834,10 @@ class MemoryRun(Run):
 # COMMIT puts the successors into ready or, as many as its worker has room for, into that worker's
 # own list: these it keeps, and they need no READ.
 #
-# Fields of run:<id>:parked, of each job: "<job>" its question or ''; "<job> count" its children, or
-# 1; "<job> missing" those not started yet; "<job> left" those still to tell, 0 or less once the job
-# has all, or a failure, to read; "<job> <i>" what child i, or a person, told: '["completed",
-# result]', or another status and a text; and "<job> is parked" as long as no list has the job.
+# Fields of run:<id>:parked, for each job that has to wait: "<job>": its question, or ''; "<job>
+# count": its children, or 1; "<job> missing": those not started; "<job> left": results to come, 0
+# or less when it may go on; "<job> <i>": what child i ended with, or the answer: '["completed",
+# result]', or another status and a text; "<job> is parked": there while no list has the job.
 
 
 @dataclass(frozen=True)
@@ -851,10 +854,10 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS are in this order, at least up to the one named (`.. parked`), but for
-# TAKE and BEAT, which are about no run. Arguments are one JSON object, `a`; context keys and values
-# follow as they are, as Lua would make {} of [] and round integers. A state is a text in `a`: only
-# Python makes one.
+# What scripts share. KEYS are in this order; `.. mine` in a header: at least up to `mine`. TAKE and
+# BEAT are about no run. The first argument is a JSON object, `a`; then come context keys and values
+# as text, since Lua would make {} of [] and round integers. A state is a text in `a`: only Python
+# makes one.
 RUN, PARKED, EVENTS = 0, 2, 6  # where in a run's keys these are
 SHARED = """
 local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked,
@@ -871,7 +874,7 @@ end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
 end
-local function expire(days)  -- at the end of each step: it may have made any of these keys (I5)
+local function expire(days)  -- the last word of what may have made one of these keys (I5)
   for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
   if run == root then call('EXPIRE', events, days * 86400) end  -- which a child shares
   call('EXPIRE', graph, 30 * 86400)  -- which other runs share
@@ -1053,11 +1056,11 @@ end
 return status
 """)
 
-# RELEASE takes a job from a worker's list and puts it where it belongs (I2): back to where jobs are
-# taken next or, with a `count` of what it waits for, aside, until it has something to read; aside
-# until a resume, if its run has failed; nowhere, if it is done or its run cancelled. With `dead` it
-# is taken only while the worker's heartbeat is missing; `crashed` adds to the job's crashes, but
-# not if it has two, and others were `beside` it: then it only waited, and one of them did it.
+# RELEASE takes a job from a worker's list (I2). If its run is running, the job is next in `ready`
+# or, with the `count` of what it waits for, parked until it may go on. If its run has failed, it is
+# parked; if it is done or its run cancelled, dropped. `dead`: all this only while the worker's
+# heartbeat is missing. `crashed` adds 1 to the job's crashes, unless it has two and the list had
+# others `beside` it: a job with two runs alone, so it only waited, and another was to blame.
 #   KEYS  .. heartbeat, or .. root for a job that waits
 #   a     job dead crashed beside, version count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
@@ -1132,7 +1135,7 @@ record(a.event)
 return 1
 """)
 
-SCRIPTS = [value for value in [*globals().values()] if isinstance(value, Script)]
+SCRIPTS = [START, TAKE, READ, COMMIT, END, RELEASE, BEAT, RESUME, ANSWER]
 
 
 # ── 7. Redis: starting and steering runs ─────────────────────────────────────────────────────
@@ -1157,8 +1160,8 @@ def transient(error: BaseException) -> bool:
 
 class Link:
     """Commands that are given in one pass of the event loop travel together, on a connection of
-    their own. After an outage, which is logged once, they are sent again; so each must do no harm
-    twice. (What must not be sent again goes by `client`, which has other connections.)"""
+    their own. After an outage, logged once, they are sent again; so each must do no harm twice:
+    what a TAKE without a reply has moved, the audit gives back. BLMOVE goes by `client`, apart."""
 
     def __init__(self, url: str) -> None:
         # This never sends a command again by itself: a BLMOVE whose reply was lost has moved a job,
@@ -1170,7 +1173,7 @@ class Link:
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
         self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange
-        self.back_since = time.monotonic()  # after an outage: when all others are back, too
+        self.settled_at = time.monotonic()  # after an outage: when all others are back, too
         self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._flushing: asyncio.Task[None] | None = None
@@ -1218,7 +1221,7 @@ class Link:
                 await asyncio.sleep(delay)
             elif delay:
                 log.warning("redis answers again")
-                delay, self.back_since = 0.0, time.monotonic() + 10  # others may yet wait so long
+                delay, self.settled_at = 0.0, time.monotonic() + 10  # others may yet wait so long
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
         """The replies, a refused command's error among them. TimeoutError if none comes for about
@@ -1251,7 +1254,7 @@ class Link:
         return replies[len(loads) :]
 
 
-def pairs(flat: Any) -> dict[str, str]:
+def as_dict(flat: Any) -> dict[str, str]:
     """A hash, in whichever form Redis gave it."""
     return flat if isinstance(flat, dict) else dict(zip(flat[::2], flat[1::2], strict=True))
 
@@ -1304,8 +1307,8 @@ class RedisRun(Run):
 
     def __init__(self, executor: RedisExecutor, id: str, origin: Origin) -> None:
         self.executor, self.id, self.origin = executor, id, origin
-        key, parent = executor.key, origin.parent.partition("/")[0] or id
-        root, parent = key("run", origin.root), key("run", parent)
+        key, parent_id = executor.key, origin.parent.partition("/")[0] or id
+        root, parent = key("run", origin.root), key("run", parent_id)
         self.keys = [*executor.keys(id), f"{root}:events", root, key("graph", origin.graph)]
         self.keys += [parent, f"{parent}:parked", key("runs"), f"{root}:events:copy"]
         self.turn = asyncio.Lock()  # of a worker's commits
@@ -1351,7 +1354,7 @@ class RedisRun(Run):
 
     def update(self, fields: Any, context: Any) -> None:
         """Take over what READ, or a COMMIT that came too late, has found."""
-        self.fields, self.context = pairs(fields), pairs(context)
+        self.fields, self.context = as_dict(fields), as_dict(context)
         self.version, self.phase = self.fields.get("version", ""), self.fields.get("status", "")
         self.state = State(**json.loads(self.fields.get("state", '{"tokens":{},"visits":{}}')))
 
@@ -1377,7 +1380,7 @@ class RedisRun(Run):
             found = await send("XRANGE", self.keys[EVENTS], last, "+", "COUNT", 1000)
             for id, fields in found:
                 last, at = f"({id}", {"at": int(id.split("-")[0]) / 1000, "run": self.origin.root}
-                yield at | json.loads(pairs(fields)["event"])
+                yield at | json.loads(as_dict(fields)["event"])
             if not found and (status != RUNNING or not follow):
                 return
             if not found:
@@ -1386,7 +1389,7 @@ class RedisRun(Run):
     async def children(self) -> list[RedisRun]:
         """The children that its jobs have started so far, also those that were not waited for."""
         found = []
-        for name, count in pairs(await self.executor.send("HGETALL", self.keys[PARKED])).items():
+        for name, count in as_dict(await self.executor.send("HGETALL", self.keys[PARKED])).items():
             if name.endswith(" count"):
                 job = name.removesuffix(" count")
                 ids = [child_id(job, i) for i in range(int(count))]
@@ -1459,7 +1462,7 @@ class Held:
 
     since: float = field(default_factory=time.monotonic)
     executing: asyncio.Task[None] | None = None  # may be cancelled
-    once: bool = False  # it has begun, and must not begin again
+    no_repeat: bool = False  # it has begun, and must not begin again
     outcome: Outcome | None = None  # is to be committed
 
 
@@ -1530,12 +1533,12 @@ class Worker:
         ends = (self.key("ready"), self.processing)
         try:
             move: Any = self.executor.link.client.blmove(*ends, 1, "RIGHT", "LEFT")
-            if first := await self._bringing(1, move):
+            if first := await self._reserving(1, move):
                 await self._receive([first])
                 await asyncio.sleep(0)  # lets READ be sent first, in one batch with TAKE
                 if room := self._room():
                     more = asyncio.wait_for(self.send(*TAKE.on([*ends], room=room)), 3)
-                    await self._receive(await self._bringing(room, more))
+                    await self._receive(await self._reserving(room, more))
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
@@ -1543,7 +1546,7 @@ class Worker:
                 await self.executor.link.client.aclose()  # a new one may lead to the new master
             await asyncio.sleep(0.2)
 
-    async def _bringing(self, count: int, reply: Awaitable[Any]) -> Any:
+    async def _reserving(self, count: int, reply: Awaitable[Any]) -> Any:
         """A command's reply that may bring so many jobs; until it comes, they have their room."""
         self._asked += count
         try:
@@ -1561,7 +1564,7 @@ class Worker:
     def _begin(self, job: str, claimed: Claimed | None = None) -> None:
         held = self.held[job] = Held()
         task = asyncio.create_task(self._work(job, held, claimed))
-        self._tasks.add(task)  # the event loop itself would forget it
+        self._tasks.add(task)  # else the event loop forgets it
         task.add_done_callback(self._tasks.discard)
 
     async def _work(self, job: str, held: Held, claimed: Claimed | None) -> None:
@@ -1581,7 +1584,7 @@ class Worker:
                     held.outcome = outcome
                     await self._commit(job, held, claimed)
             except RunError as error:
-                if self.held.get(job, held) is held:  # else a newer delivery has it, here
+                if self.held.get(job, held) is held:  # also if _park forgot it
                     await self._fail(job, claimed.run, str(error))
         except Exception:  # charged, so that it does not come again for ever
             log.exception("giving back %s, as if we had crashed", job)
@@ -1597,7 +1600,7 @@ class Worker:
         if not fields:
             log.warning("run %s has expired; dropping %s", id, job)
             return None
-        origin = Origin(**json.loads(pairs(fields)["origin"]))
+        origin = Origin(**json.loads(as_dict(fields)["origin"]))
         run = self._runs.get(id) or RedisRun(self.executor, id, origin)
         self._runs[id] = run
         run.update(fields, context)  # at once, for this is soon out of date
@@ -1658,7 +1661,7 @@ class Worker:
 
     async def _execute(self, held: Held, claimed: Claimed) -> Outcome | Park:
         run, node, ctx, failure = claimed
-        held.once, held.executing = not node.retries, asyncio.current_task()
+        held.no_repeat, held.executing = not node.retries, asyncio.current_task()
         try:
             return await execute(node, ctx, failure, run.record)
         finally:
@@ -1678,7 +1681,7 @@ class Worker:
                 reply = run.change(COMMIT, keep=keep, queue=queue, **a)
                 extra = max(0, len(keep) - len(ended))  # the others take the room of what has ended
                 # Refused: the run has moved; or this was sent twice, and _audit finds what it kept.
-                if found := await self._bringing(extra, reply):
+                if found := await self._reserving(extra, reply):
                     run.update(*found)
                     continue
                 run.version, run.state = a["version"], state
@@ -1697,8 +1700,8 @@ class Worker:
     def _decide(
         self, job: str, claimed: Claimed
     ) -> tuple[dict[str, Outcome], State, list[str], dict[str, Any]] | None:
-        """What the held jobs of a run that have ended lead to: their outcomes, the new state, the
-        jobs that may then run, and the arguments of COMMIT; None if this one must not commit."""
+        """Of the held jobs of a run that have ended: their outcomes, the state after them, the jobs
+        that may then run, and what `change` is given; None if `job` must not be committed."""
         run, flow, version = claimed.run, claimed.node.flow, new_id()
         state, ready, done, usage = run.state, list[str](), list[str](), Counter[str]()
         changes = dict[str, str]()
@@ -1747,7 +1750,7 @@ class Worker:
     async def _give_back(self, job: str, crashed: bool = False) -> None:
         """Put a job back, or drop it if nothing is left to do. It is charged with a crash also if
         it has begun and must not begin again."""
-        crashed |= self._forget(job).once
+        crashed |= self._forget(job).no_repeat
         await self.send(*RELEASE.on(self.executor.keys(job), job=job, crashed=crashed))
 
     def _forget(self, job: str) -> Held:
@@ -1755,7 +1758,8 @@ class Worker:
         held = self.held.pop(job, Held())
         if held.executing:
             held.executing.cancel()
-        self._suspect = "" if job == self._suspect else self._suspect
+        if job == self._suspect:
+            self._suspect = ""
         self._freed.set()
         return held
 
@@ -1810,7 +1814,7 @@ class Worker:
     async def _reap(self) -> None:
         """Give back what dead workers had taken (I3). A worker is remembered for a day: what it had
         asked for may still come into its list."""
-        if time.monotonic() - self.executor.link.back_since < self.lease:
+        if time.monotonic() - self.executor.link.settled_at < self.lease:
             return  # after an outage all may beat again first
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
         workers = [id for id in await self.send("ZRANGE", crew, 0, -1) if id != self.id]

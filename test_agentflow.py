@@ -2982,10 +2982,10 @@ async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
     worker = Worker(space.url, space.namespace, lease=60)
     await worker._beat()
 
-    worker.executor.link.back_since = time.monotonic()
+    worker.executor.link.settled_at = time.monotonic()
     await worker._reap()
     early = space.redis.lrange(other.processing, 0, -1), worker.counts["reaped"]
-    worker.executor.link.back_since -= 61
+    worker.executor.link.settled_at -= 61
     await worker._reap()
 
     assert early == ([job], 0)
@@ -3137,7 +3137,7 @@ async def test_after_an_outage_others_are_given_the_time_for_which_they_may_stil
     link._exchange = exchange  # type: ignore[method-assign]
     assert await link.send("EXISTS", space.key("none")) == 0
 
-    assert asked[-1] == max(asked) < link.back_since - time.monotonic() + 6  # the usual lease
+    assert asked[-1] == max(asked) < link.settled_at - time.monotonic() + 6  # the usual lease
     await link.close()
 
 
@@ -3207,7 +3207,7 @@ async def test_a_worker_does_not_reap_itself(space: Space) -> None:
     space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
 
     space.expire()
-    worker.executor.link.back_since -= 61
+    worker.executor.link.settled_at -= 61
     await worker._reap()
 
     assert len(space.redis.lrange(worker.processing, 0, -1)) == 1 and not worker.counts["reaped"]

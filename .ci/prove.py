@@ -926,7 +926,7 @@ class Story:
     async def turn(self, verdict: str) -> None:
         """Somebody goes on, or time does."""
         for worker in self.crew.values():
-            worker.executor.link.back_since = -1e9  # the clock of that is not virtual
+            worker.executor.link.settled_at = -1e9  # the clock of that is not virtual
         await self.gate.loop.settle()
         self.gate.tire()
         if self.rng.random() < 0.05 or not self.gate.step(verdict):

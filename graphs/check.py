@@ -183,7 +183,7 @@ def forks(flow: Flow, nodes: Iterable[str]) -> list[list[str]]:
 
 def one_token_in(flow: Flow, loop: Loop) -> bool:
     """Whether only one token can ever be in a loop, which may then be entered anywhere."""
-    leads = {*loop.members, *flow.members(flow.ancestors[loop.head])}
+    leads = {*loop.members, *flow.nodes_in(flow.ancestors[loop.head])}
     return len(flow.starts) == 1 and all(
         len(leads.intersection(targets)) < 2 for targets in forks(flow, leads)
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from agentflow import FAILED, PARKED, RUNNING, Event, Flow, RedisExecutor, RedisRun, pairs
+from agentflow import FAILED, PARKED, RUNNING, Event, Flow, RedisExecutor, RedisRun, as_dict
 
 ANSWER = "to answer, type: python client.py --run {} --answer {}=VALUE"
 
@@ -49,7 +49,7 @@ async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) ->
         version, jobs = run.version, run.active()
         tokens = run.state.tokens if run.phase in (RUNNING, FAILED) else {}
         found = await look(run.executor, [*jobs.values()])
-        parked = pairs(await run.executor.send("HGETALL", run.keys[PARKED]))
+        parked = as_dict(await run.executor.send("HGETALL", run.keys[PARKED]))
         await run.read()
     where = dict.fromkeys(tokens, "waits, too")
     for node, job in jobs.items() if tokens else ():
@@ -68,7 +68,7 @@ async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) ->
         if (until := event.get("at", 0) + event.get("delay", 0)) > time.time():
             where[node] += f", backs off until {time.ctime(until)[11:19]} after {event['error']}"
     for node, mask in flow.blockers(tokens).items():
-        others = [f"{other}, which {where[other]}" for other in flow.members(mask)]
+        others = [f"{other}, which {where[other]}" for other in flow.nodes_in(mask)]
         where[node] = "waits for " + "; and for ".join(others)
     yield f"{indent}run {run.id} of {flow.id} is {run.phase} {run.fields.get('error', '')}"
     for node, why in where.items():
