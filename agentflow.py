@@ -62,6 +62,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -305,11 +306,14 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
 
 async def _steps(node: Node, ctx: Context, record: Record) -> str | Park:
     """Prep, exec and post: the action that they come to, or what prep wants to wait for."""
-    prepared = await node.prep(ctx)
-    if isinstance(prepared, Park):
-        return _admit(node, ctx, prepared)
-    result = await _attempts(node, ctx, prepared, record)
-    action = await node.post(ctx, prepared, result) or DEFAULT
+    try:
+        prepared = await node.prep(ctx)
+        if isinstance(prepared, Park):
+            return _admit(node, ctx, prepared)
+        result = await _attempts(node, ctx, prepared, record)
+        action = await node.post(ctx, prepared, result) or DEFAULT
+    except SystemExit as error:  # which a task would pass on to the event loop
+        raise Permanent(f"it calls sys.exit({error})") from None
     if action not in (DEFAULT, *node.actions):
         raise ValueError(f"its action {action!r:.80} is on none of its edges")
     if odd := [each for each in ctx.usage.items() if not is_usage(*each)]:
@@ -320,7 +324,7 @@ async def _steps(node: Node, ctx: Context, record: Record) -> str | Park:
 def _admit(node: Node, ctx: Context, park: Park) -> Park:
     """What a prep wants to wait for, with the contexts of its children; Permanent if it may not."""
     if bool(park.children) == bool(park.question):
-        raise Permanent("a Park has either children or a question")
+        raise Permanent("it parks for either children or a question that is not empty")
     if ctx.results is not None:
         raise Permanent("it parks again, although it has what it parked for")
     if park.children and ctx.depth >= MAX_DEPTH:
@@ -745,24 +749,27 @@ class MemoryRun(Run):
         try:
             while ready:
                 self.tasks += [asyncio.create_task(self._branch([node])) for node in ready[1:]]
-                ready = self._commit(ready[0], await self._execute(ready[0]))
+                outcome = await self._execute(ready[0])
+                ready = self._commit(ready[0], outcome) if outcome else []
         except RunError as error:
             self._end(FAILED, str(error))
         except Exception as error:  # a bug here, or an error whose str() fails
             self._end(FAILED, f"{type(error).__name__}, as the log shows")
             raise
 
-    async def _execute(self, id: str) -> Outcome:
+    async def _execute(self, id: str) -> Outcome | None:
+        """What a node came to, however often it parks; None if its run fails before."""
         node, visit = self.flow.nodes[id], self.state.visits.get(id, 1)
         job, failure, results = f"{self.id}/{id}/{self.state.tokens[id]}", "", None
         while True:
             ctx = Context(self.values, job, visit, self.dry_run, self.depth, results)
             async with self.slots:
-                if self.phase != RUNNING:
-                    raise RunError("a failed run begins nothing more")
-                outcome = await execute(node, ctx, failure, self._record)
-            if isinstance(outcome, Outcome):
+                running = self.phase == RUNNING  # a failed run begins nothing more
+                outcome = await execute(node, ctx, failure, self._record) if running else None
+            if not isinstance(outcome, Park):
                 return outcome
+            if self.phase != RUNNING:
+                return None
             self._record("parked", node=id, question=outcome.question)
             try:
                 results = await self._wait_for(job, id, outcome)
@@ -771,8 +778,10 @@ class MemoryRun(Run):
 
     async def _wait_for(self, job: str, node: str, park: Park) -> list[Any]:
         if park.question:
-            self.root.questions[f"{self.id}/{node}"] = answer = asyncio.Future[Any]()
-            return [await answer]
+            self.root.questions[f"{self.id}/{node}"] = asked = asyncio.Future[Any]()
+            answer = await asked
+            self._record("answered", node=node)
+            return [answer]
         ids = [child_id(job, i) for i in range(len(park.children))]
         return await asyncio.gather(*map(self._child, ids, park.children))  # or the first failure
 
@@ -791,15 +800,14 @@ class MemoryRun(Run):
         self._record("done", **outcome.event)
         if not self.state.tokens:
             self._end(COMPLETED)
-        # A failed run keeps what its other nodes still finish, but starts nothing more.
-        return ready if self.phase == RUNNING else []
+        return ready
 
     def _end(self, phase: str, error: str = "") -> None:
+        self._record(phase, error=error)
         if self.phase == RUNNING:
             self.phase, self.error = phase, error
             for asked in [key for key in self.root.questions if key.startswith(f"{self.id}/")]:
                 del self.root.questions[asked]  # an answer would be lost
-            self._record(phase, error=error)
             self.over.set()
 
     def _record(self, event: str, **more: Any) -> None:
@@ -911,7 +919,6 @@ local function tell(run, parked, job, index, status)
     if status == 'cancelled' then call('HSET', parked, job .. ' ' .. index, a.told) end
     return 0
   end
-  call('HSET', run, 'version', a.version)
   local weight = status == 'completed' and 1 or call('HGET', parked, job .. ' count')
   local left = call('HINCRBY', parked, job .. ' left', -weight)
   if left <= 0 and call('HGET', run, 'status') == 'running'
@@ -999,9 +1006,9 @@ return {call('HGETALL', run), call('HGETALL', context), told, call('LPOS', mine,
 # COMMIT is the only way in which a run moves: it records what came of one or more of its jobs, if
 # the run's version is still the one that the decision was made from, else nothing (I1). It asks for
 # no custody: of two workers that did one job the first to commit wins; the other finds the version
-# changed and, deciding anew, its token gone. The version changes with status or state, when a job
-# of a running run begins to wait, and when one is told; it is random, as a Redis that lost a second
-# would count twice. A failed run keeps what others still finish; what follows waits for a resume.
+# changed and, deciding anew, its token gone. The version changes with status or state, and when a
+# job of a running run is parked; it is random, as a Redis that lost a second would repeat a number.
+# A failed run keeps what others still finish; what follows waits for a resume.
 #   KEYS  .. copy
 #   a     seen version jobs state usage done keep queue, status error event parent index told
 #   gives nothing, or the fields and the context that stand there instead
@@ -1388,24 +1395,26 @@ class RedisRun(Run):
 
     async def children(self) -> list[RedisRun]:
         """The children that its jobs have started so far, also those that were not waited for."""
-        found = []
+        found = list[RedisRun]()
         for name, count in as_dict(await self.executor.send("HGETALL", self.keys[PARKED])).items():
             if name.endswith(" count"):
                 job = name.removesuffix(" count")
                 ids = [child_id(job, i) for i in range(int(count))]
-                found += [run for id in ids if (run := await self.executor.find(id))]
+                found += filter(None, await asyncio.gather(*map(self.executor.find, ids)))
         return found
 
     async def cancel(self, why: str = "by request") -> None:
         """End the run and its children for good, their nodes within about a second. Should this
         process die meanwhile, say it again: the children are looked for each time. RunError if the
         run is completed or cancelled already."""
-        found = await self.change(END, **self.ending(CANCELLED, why))
-        for child in await self.children():  # no more can come: START asks for the parent's status
-            with suppress(RunError):  # it has ended before
-                await child.cancel("with its parent")
-        if found not in (RUNNING, FAILED):
+        if (found := await self._cancel(why)) not in (RUNNING, FAILED):
             raise RunError(f"run {self.id} is {found or 'gone'} already")
+
+    async def _cancel(self, why: str) -> str:
+        found = await self.change(END, **self.ending(CANCELLED, why))
+        children = await self.children()  # no more can come: START asks for the parent's status
+        await asyncio.gather(*(child._cancel("with its parent") for child in children))
+        return str(found)
 
     async def resume(self, inputs: Mapping[str, Any] = {}) -> None:
         """Go on from exactly where the run, and children that it waits for, failed, with these
@@ -1492,6 +1501,9 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop` is called. RedisError where Redis is not there or will not do."""
+        # For nodes that use asyncio.to_thread; and looking up Redis' name takes a thread, too.
+        threads = ThreadPoolExecutor(self.concurrency + 4)
+        asyncio.get_running_loop().set_default_executor(threads)
         await self.executor.open()
         await self._beat()
         tick = asyncio.create_task(self._tick())
@@ -1515,8 +1527,8 @@ class Worker:
 
     async def _leave(self, tick: asyncio.Task[Any]) -> None:
         await tick
-        for job in {*await self.send("LRANGE", self.processing, 0, -1), *self.held}:
-            await self._give_back(job)
+        listed = await self.send("LRANGE", self.processing, 0, -1)
+        await asyncio.gather(*map(self._give_back, {*listed, *self.held}))
         await self.send("DEL", self.key("worker", self.id))
 
     # A job's way: taken, claimed (what it needs is read), executed, and committed, parked, failed
@@ -1747,11 +1759,11 @@ class Worker:
         if not await run.change(END, job=job, **run.ending(FAILED, text)):
             self.counts["refused"] += 1
 
-    async def _give_back(self, job: str, crashed: bool = False) -> None:
+    def _give_back(self, job: str, crashed: bool = False) -> asyncio.Future[Any]:
         """Put a job back, or drop it if nothing is left to do. It is charged with a crash also if
         it has begun and must not begin again."""
         crashed |= self._forget(job).no_repeat
-        await self.send(*RELEASE.on(self.executor.keys(job), job=job, crashed=crashed))
+        return self.send(*RELEASE.on(self.executor.keys(job), job=job, crashed=crashed))
 
     def _forget(self, job: str) -> Held:
         """Hold a job no longer; if its node still executes, that ends."""
@@ -1791,36 +1803,35 @@ class Worker:
         """Compare what this worker holds with its list, and let go of what is in only one of them
         two times in a row: in the list, as a reply was lost, or here, as we seemed dead (I3)."""
         listed = await self.send("LRANGE", self.processing, 0, -1)
-        found = {**self.held}
-        odd = {*listed} ^ found.keys()
+        odd, moves = {*listed} ^ self.held.keys(), list[asyncio.Future[Any]]()
         for job in odd & self._odd:
-            if self.held.get(job) is not found.get(job):
-                continue  # it has come or gone while we gave back another
             what = "audited" if job in listed else "lost"
             why = "we did not know that we had it" if job in listed else "it was taken from us"
             log.warning("letting go of %s: %s", job, why)
             self.counts[what] += 1
-            await self._give_back(job)
+            moves.append(self._give_back(job))
         self._odd = odd
+        await asyncio.gather(*moves)
 
     async def _watch(self) -> None:
         """Stop working on runs that were cancelled."""
         busy = [*self.held]
         replies = [self.send("HGET", self.executor.keys(job)[RUN], "status") for job in busy]
-        for job, status in zip(busy, await asyncio.gather(*replies), strict=True):
-            if status == CANCELLED:
-                await self._give_back(job)
+        found = zip(busy, await asyncio.gather(*replies), strict=True)
+        await asyncio.gather(*(self._give_back(job) for job, phase in found if phase == CANCELLED))
 
     async def _reap(self) -> None:
         """Give back what dead workers had taken (I3). A worker is remembered for a day: what it had
         asked for may still come into its list."""
-        if time.monotonic() - self.executor.link.settled_at < self.lease:
-            return  # after an outage all may beat again first
         now, crew = int((await self.send("TIME"))[0]), self.key("workers")
         workers = [id for id in await self.send("ZRANGE", crew, 0, -1) if id != self.id]
+        beats = [self.send("EXISTS", self.key("worker", worker)) for worker in workers]
         lists = [self.send("LRANGE", self.key("processing", worker), 0, -1) for worker in workers]
-        for worker, listed in zip(workers, await asyncio.gather(*lists), strict=True):
-            if listed and not await self.send("EXISTS", self.key("worker", worker)):
+        alive, found = await asyncio.gather(*beats), await asyncio.gather(*lists)
+        if time.monotonic() - self.executor.link.settled_at < self.lease:
+            return  # after an outage all may beat again first
+        for worker, lives, listed in zip(workers, alive, found, strict=True):
+            if listed and not lives:
                 log.warning("worker %s is dead; giving back %d jobs", worker, len(listed))
                 moves = list[asyncio.Future[Any]]()  # sent in one go, for `beside` is of them all
                 for job in listed:

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -47,7 +46,7 @@ async def work(args: argparse.Namespace) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     log.info("worker %s at %s, %d jobs at once", worker.id, public(args.redis), args.concurrency)
     log.info("%s", sys.modules["graphs.calls"].model_status())
-    config: dict[Any, Any] = {"maxmemory-policy": "noeviction"}
+    config: dict[str | None, str | None] = {"maxmemory-policy": "noeviction"}
     try:
         for name in ("maxmemory-policy", "save", "appendonly"):
             config |= await executor.link.client.config_get(name)
@@ -59,6 +58,7 @@ async def work(args: argparse.Namespace) -> None:
         log.warning("Redis forgets all when restarted; type: redis-cli config set appendonly yes")
     await executor.link.close()
     await worker.run()
+    os._exit(0)  # else a thread that a node has left running would hold us up
 
 
 if __name__ == "__main__":
