@@ -61,7 +61,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -290,14 +290,15 @@ async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Out
             return action
     except BaseException as error:
         if isinstance(error, asyncio.CancelledError):
-            if (task := asyncio.current_task()) and task.cancelling():
-                raise  # we are told to stop
             error = Permanent("it has cancelled itself")
         kind = "" if isinstance(error, (Permanent, TryLater)) else f"{type(error).__name__}: "
         text = as_unicode(f'node "{node.id}": {kind}{error}'[:2000])
         if ERROR not in node.actions:
             raise RunError(text) from error
         action, ctx.changes = ERROR, {node.id: encode(text)}
+    finally:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise asyncio.CancelledError  # we are told to stop, whatever the node makes of it
     usage = {kind: n for kind, n in ctx.usage.items() if is_usage(kind, n)}
     event = {"node": node.id, "visit": ctx.visit, "action": action, "usage": usage}
     event["seconds"] = round(time.monotonic() - started, 3)
@@ -807,7 +808,7 @@ class MemoryRun(Run):
         if self.phase == RUNNING:
             self.phase, self.error = phase, error
             for asked in [key for key in self.root.questions if key.startswith(f"{self.id}/")]:
-                del self.root.questions[asked]  # an answer would be lost
+                self.root.questions.pop(asked).cancel()  # an answer would be lost
             self.over.set()
 
     def _record(self, event: str, **more: Any) -> None:
@@ -839,8 +840,8 @@ class MemoryRun(Run):
 #   ready --BLMOVE, TAKE--> processing:<worker> --READ--> prep, exec, post --COMMIT--> gone
 #     '<------RELEASE------------'
 #
-# COMMIT puts the successors into ready or, as many as its worker has room for, into that worker's
-# own list: these it keeps, and they need no READ.
+# COMMIT puts the successors into ready or, one for each job that it ends, into its worker's own
+# list: these it keeps, and they need no READ.
 #
 # Fields of run:<id>:parked, for each job that has to wait: "<job>": its question, or ''; "<job>
 # count": its children, or 1; "<job> missing": those not started; "<job> left": results to come, 0
@@ -1450,8 +1451,8 @@ class RedisRun(Run):
 
 # ── 8. Redis: the worker ─────────────────────────────────────────────────────────────────────
 # Takes jobs, runs them and commits what came of them; and once a second shows that it lives, and
-# looks for jobs that somebody lost (I3). Only a node's own work is ever cancelled, and that work
-# never waits for Redis: safety comes from the processing list, not from `finally`.
+# looks for jobs that somebody lost (I3). The task of a job that is no longer held is cancelled,
+# wherever it is: what it has sent travels on (see Link), and safety comes from the processing list.
 
 CRASHES = 5  # a run fails when so many workers have died with one job; 1 if its node has no retries
 
@@ -1465,12 +1466,12 @@ class Claimed(NamedTuple):
     failure: str = ""  # of what the job was parked for
 
 
-@dataclass(eq=False)
+@dataclass
 class Held:
     """A job in this worker's custody."""
 
+    task: asyncio.Task[None]  # works on it
     since: float = field(default_factory=time.monotonic)
-    executing: asyncio.Task[None] | None = None  # may be cancelled
     no_repeat: bool = False  # it has begun, and must not begin again
     outcome: Outcome | None = None  # is to be committed
 
@@ -1495,7 +1496,7 @@ class Worker:
         self._registries: dict[str, Registry] = {}  # by graph
         self._tasks: set[asyncio.Task[Any]] = set()
         self._freed = asyncio.Event()
-        self._asked = 0  # how many jobs may yet come by a command that is under way
+        self._taking = False  # jobs may yet come by a command that is under way
         self._suspect = ""  # a job that two workers died with: it runs when no other is held
         self._odd: set[str] = set()  # jobs listed but not held, or held but not listed, last time
 
@@ -1507,18 +1508,22 @@ class Worker:
         await self.executor.open()
         await self._beat()
         tick = asyncio.create_task(self._tick())
-        while not self.stopping:
-            self._freed.clear()
-            if self._room():
-                await self._take()
-            else:
-                await self._freed.wait()
-        deadline = time.monotonic() + self.grace
-        while self.held and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        self._leaving = True
-        await asyncio.wait([asyncio.create_task(self._leave(tick))], timeout=5)  # or Redis is away
-        await self.executor.link.close()
+        try:
+            while not self.stopping:
+                self._freed.clear()
+                if self._room():
+                    await self._take()
+                else:
+                    await self._freed.wait()
+            deadline = time.monotonic() + self.grace
+            while self.held and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
+        finally:
+            self.stopping = True
+            await asyncio.wait(
+                [asyncio.create_task(self._leave(tick))], timeout=5
+            )  # if Redis is there
+            await self.executor.link.close()
 
     def stop(self) -> None:
         """Take no more; end when what is held has ended, at the latest after the grace period."""
@@ -1526,6 +1531,7 @@ class Worker:
         self._freed.set()
 
     async def _leave(self, tick: asyncio.Task[Any]) -> None:
+        self._leaving = True
         await tick
         listed = await self.send("LRANGE", self.processing, 0, -1)
         await asyncio.gather(*map(self._give_back, {*listed, *self.held}))
@@ -1535,110 +1541,88 @@ class Worker:
     # or given back. This worker forgets it before Redis ends its custody, for it may come back at
     # once; only a committed job cannot, and is forgotten after.
 
-    def _room(self, ended: int = 0) -> int:
-        """For how many more jobs there is room, when so many of those held have ended."""
-        free = self.concurrency - len(self.held) - self._asked + ended
-        return 0 if self.stopping or self._suspect else max(0, free)
+    def _room(self) -> int:
+        """For how many more jobs there is room."""
+        return 0 if self.stopping or self._suspect else max(0, self.concurrency - len(self.held))
 
     async def _take(self) -> None:
         """Take as many jobs as there is room for; return after a second without one."""
-        ends = (self.key("ready"), self.processing)
+        ends, client = (self.key("ready"), self.processing), self.executor.link.client
+        pipe: Any = client.pipeline(transaction=False).blmove(*ends, 1, "RIGHT", "LEFT")
+        pipe.execute_command(*TAKE.on([*ends], room=self._room() - 1))
+        self._taking = True
         try:
-            move: Any = self.executor.link.client.blmove(*ends, 1, "RIGHT", "LEFT")
-            if first := await self._reserving(1, move):
-                await self._receive([first])
-                await asyncio.sleep(0)  # lets READ be sent first, in one batch with TAKE
-                if room := self._room():
-                    more = asyncio.wait_for(self.send(*TAKE.on([*ends], room=room)), 3)
-                    await self._receive(await self._reserving(room, more))
+            first, more = await pipe.execute()
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
             with suppress(exceptions.TimeoutError):  # as in Link.close
-                await self.executor.link.client.aclose()  # a new one may lead to the new master
-            await asyncio.sleep(0.2)
-
-    async def _reserving(self, count: int, reply: Awaitable[Any]) -> Any:
-        """A command's reply that may bring so many jobs; until it comes, they have their room."""
-        self._asked += count
-        try:
-            return await reply
+                await client.aclose()  # a new one may lead to the new master
+            return await asyncio.sleep(0.2)
         finally:
-            self._asked -= count
-
-    async def _receive(self, jobs: list[str]) -> None:
-        for job in jobs:
+            self._taking = False
+        for job in [first, *more] if first else more:
             if self.stopping:
                 await self._give_back(job)
             elif job not in self.held:  # else it was taken from us, and has come back
                 self._begin(job)
 
     def _begin(self, job: str, claimed: Claimed | None = None) -> None:
-        held = self.held[job] = Held()
-        task = asyncio.create_task(self._work(job, held, claimed))
+        task = asyncio.create_task(self._work(job, claimed))
+        self.held[job] = Held(task)
         self._tasks.add(task)  # else the event loop forgets it
         task.add_done_callback(self._tasks.discard)
 
-    async def _work(self, job: str, held: Held, claimed: Claimed | None) -> None:
+    async def _work(self, job: str, claimed: Claimed | None) -> None:
         """One delivery of a job; one that a commit of this worker has kept is claimed already."""
+        held = self.held[job]
         try:
-            if not (claimed := claimed or await self._claim(job, held)):
-                if self.held.get(job) is held:
+            if not (claimed := claimed or await self._claim(job)):
+                if self.held.get(job) is held:  # else its run has failed
                     await self._give_back(job)  # RELEASE knows where to
                 return
+            run, node, ctx, failure = claimed
+            held.no_repeat = not node.retries
             try:
-                outcome = await self._execute(held, claimed)
-                if self.held.get(job) is not held:
-                    return  # somebody else has it by now
+                outcome = await execute(node, ctx, failure, run.record)
                 if isinstance(outcome, Park):
                     await self._park(job, claimed, outcome)
                 else:
                     held.outcome = outcome
-                    await self._commit(job, held, claimed)
+                    await self._commit(job, claimed)
             except RunError as error:
-                if self.held.get(job, held) is held:  # also if _park forgot it
-                    await self._fail(job, claimed.run, str(error))
+                await self._fail(job, run, str(error))
         except Exception:  # charged, so that it does not come again for ever
             log.exception("giving back %s, as if we had crashed", job)
             await asyncio.sleep(1)  # lest it come again at once
-            if self.held.get(job, held) is held:
-                await self._give_back(job, crashed=True)
+            await self._give_back(job, crashed=True)
 
-    async def _claim(self, job: str, held: Held) -> Claimed | None:
+    async def _claim(self, job: str) -> Claimed | None:
         """Read what a job needs; None if it must not run, or not now."""
-        id = job.partition("/")[0]
-        read = READ.on(self.executor.keys(job), job=job)
-        fields, context, texts, place = await self.send(*read)
-        if not fields:
-            log.warning("run %s has expired; dropping %s", id, job)
-            return None
-        origin = Origin(**json.loads(as_dict(fields)["origin"]))
-        run = self._runs.get(id) or RedisRun(self.executor, id, origin)
-        self._runs[id] = run
-        run.update(fields, context)  # at once, for this is soon out of date
-        if place is None or not self._may_run(job, run, held):
-            return None
-        crashes = int(run.fields.get(f"crashes {job}", 0))
-        if 1 < crashes < CRASHES and not self._suspect:
-            self._suspect = job  # lest it take other jobs down with it once more
-        if self._suspect not in ("", job):
-            return None
-        waited = False
-        while self._suspect == job and len(self.held) + self._asked > 1:
-            await asyncio.sleep(0.05)
-            waited = True
-        if waited:
-            return await self._claim(job, held)  # for what was read is old
-        node = await self._node(job, run, crashes)
-        if not node or not self._may_run(job, run, held):
+        id, name, mark = job.split("/")
+        while True:
+            read = READ.on(self.executor.keys(job), job=job)
+            fields, context, texts, place = await self.send(*read)
+            if not fields:
+                log.warning("run %s has expired; dropping %s", id, job)
+                return None
+            origin = Origin(**json.loads(as_dict(fields)["origin"]))
+            run = self._runs.get(id) or RedisRun(self.executor, id, origin)
+            self._runs[id] = run
+            run.update(fields, context)  # at once, for this is soon out of date
+            if place is None or run.phase != RUNNING or run.state.tokens.get(name) != mark:
+                return None
+            crashes = int(run.fields.get(f"crashes {job}", 0))
+            if 1 < crashes < CRASHES and not self._suspect:
+                self._suspect = job  # lest it take other jobs down with it once more
+            if self._suspect not in ("", job):
+                return None
+            if not self._suspect or len(self.held) + self._taking <= 1:
+                break
+            await asyncio.sleep(0.05)  # until it is alone; what was read is then old
+        if not (node := await self._node(job, run, crashes)):
             return None
         return self._claimed(job, run, node, [json.loads(text) for text in texts])
-
-    def _may_run(self, job: str, run: RedisRun, held: Held) -> bool:
-        """Whether a job is still to be run, and by this delivery."""
-        _, node, mark = job.split("/")
-        active = run.phase == RUNNING and run.state.tokens.get(node) == mark
-        return active and self.held.get(job) is held
 
     async def _node(self, job: str, run: RedisRun, crashes: int) -> Node | None:
         """The node of a job; None, and its run fails, if it has crashed too often, in which case it
@@ -1671,29 +1655,20 @@ class Worker:
             self._registries[origin.graph] = Registry(json.loads(graph))
         return self._registries[origin.graph][origin.flow]
 
-    async def _execute(self, held: Held, claimed: Claimed) -> Outcome | Park:
-        run, node, ctx, failure = claimed
-        held.no_repeat, held.executing = not node.retries, asyncio.current_task()
-        try:
-            return await execute(node, ctx, failure, run.record)
-        finally:
-            held.executing = None
-
-    async def _commit(self, job: str, held: Held, claimed: Claimed) -> None:
+    async def _commit(self, job: str, claimed: Claimed) -> None:
         """Record what a job came to, and with it the other held jobs of its run that have ended by
         now; decided anew whenever the run has moved. The commits of a run take turns."""
         run, nodes = claimed.run, claimed.node.flow.nodes
         async with run.turn:
             if len(run.state.tokens) > 1:
                 await asyncio.sleep(0)  # so that what ends at the same time shares the commit
-            while self.held.get(job) is held and (decision := self._decide(job, claimed)):
+            while decision := self._decide(job, claimed):
                 ended, state, ready, a = decision
-                room = self._room(len(ended)) if run.phase == RUNNING else 0
-                keep, queue = ready[:room], ready[room:]
-                reply = run.change(COMMIT, keep=keep, queue=queue, **a)
-                extra = max(0, len(keep) - len(ended))  # the others take the room of what has ended
+                # One job stays for each that has ended: so the worker holds no more than before.
+                stays = run.phase == RUNNING and not self.stopping and not self._suspect
+                keep = ready[: len(ended)] if stays else []
                 # Refused: the run has moved; or this was sent twice, and _audit finds what it kept.
-                if found := await self._reserving(extra, reply):
+                if found := await run.change(COMMIT, keep=keep, queue=ready[len(keep) :], **a):
                     run.update(*found)
                     continue
                 run.version, run.state = a["version"], state
@@ -1705,9 +1680,9 @@ class Worker:
                     self._forget(each)
                 for other in keep:
                     self._begin(other, self._claimed(other, run, nodes[other.split("/")[1]]))
-        if self.held.get(job) is held:
-            self.counts["refused"] += 1
-            await self._give_back(job)
+                return
+        self.counts["refused"] += 1
+        await self._give_back(job)
 
     def _decide(
         self, job: str, claimed: Claimed
@@ -1761,19 +1736,20 @@ class Worker:
 
     def _give_back(self, job: str, crashed: bool = False) -> asyncio.Future[Any]:
         """Put a job back, or drop it if nothing is left to do. It is charged with a crash also if
-        it has begun and must not begin again."""
-        crashed |= self._forget(job).no_repeat
+        it must not begin again."""
+        crashed |= self._forget(job)
         return self.send(*RELEASE.on(self.executor.keys(job), job=job, crashed=crashed))
 
-    def _forget(self, job: str) -> Held:
-        """Hold a job no longer; if its node still executes, that ends."""
-        held = self.held.pop(job, Held())
-        if held.executing:
-            held.executing.cancel()
+    def _forget(self, job: str) -> bool:
+        """Hold a job no longer; what works on it, unless that is who says so, ends. Gives whether
+        it has begun and must not begin again."""
+        held = self.held.pop(job, None)
+        if held and held.task is not asyncio.current_task():
+            held.task.cancel()
         if job == self._suspect:
             self._suspect = ""
         self._freed.set()
-        return held
+        return held is not None and held.no_repeat
 
     # Once a second.
 

@@ -2686,12 +2686,12 @@ async def test_a_job_that_has_crashed_twice_waits_for_what_may_yet_come(space: S
     space.redis.hset(run.keys[0], f"crashes {job}", 2)
     worker = Worker(space.url, space.namespace)
     space.redis.lmove(space.key("ready"), worker.processing)
-    worker.held[job], worker._asked = agentflow.Held(), 1  # a BLMOVE is under way
+    worker.held[job], worker._taking = agentflow.Held(asyncio.current_task()), True
 
-    claim = asyncio.create_task(worker._claim(job, worker.held[job]))
+    claim = asyncio.create_task(worker._claim(job))
     await wait_until(lambda: worker._suspect == job)
     early, _ = await asyncio.wait([claim], timeout=0.2)
-    worker._asked = 0
+    worker._taking = False
 
     assert not early and await claim
     await worker.executor.link.close()
@@ -2749,12 +2749,12 @@ async def test_a_job_that_has_waited_to_be_alone_is_read_anew(space: Space) -> N
     space.redis.hset(run.keys[0], f"crashes {job}", 2)
     worker = Worker(space.url, space.namespace)
     space.redis.lmove(space.key("ready"), worker.processing)
-    worker.held[job], worker._asked = agentflow.Held(), 1
-    claim = asyncio.create_task(worker._claim(job, worker.held[job]))
+    worker.held[job], worker._taking = agentflow.Held(asyncio.current_task()), True
+    claim = asyncio.create_task(worker._claim(job))
     await wait_until(lambda: worker._suspect == job)
 
     space.redis.hset(run.keys[1], "x", '"new"')  # as a resume may do it
-    worker._asked = 0
+    worker._taking = False
 
     assert (await claim).ctx["x"] == "new"
     await worker.executor.link.close()
@@ -2789,9 +2789,12 @@ async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alo
     worker = Worker(space.url, space.namespace)
     space.redis.lmove(space.key("ready"), worker.processing)
 
-    claimed = await worker._claim(job, agentflow.Held())  # of which it has forgotten the holding
+    worker._begin(job)
+    await asyncio.sleep(0)  # it is being read
+    worker._forget(job)
+    await wait_until(lambda: not worker._tasks)
 
-    assert claimed is None and worker._suspect == ""  # else it would run nothing else any more
+    assert worker._suspect == ""  # else it would run nothing else any more
     await worker.executor.link.close()
     space.redis.lmove(worker.processing, space.key("ready"))
     space.worker()

@@ -676,7 +676,7 @@ class GatedPipeline(redis.asyncio.client.Pipeline):
         commands, self.command_stack = self.command_stack, []
         for args, _ in commands:
             try:
-                replies.append(await self.owner.gate.send(self.owner.actor, args))
+                replies.append(await self.owner.execute_command(*args))
             except redis.exceptions.ResponseError as error:
                 if raise_on_error:
                     raise
