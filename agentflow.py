@@ -138,7 +138,8 @@ class Context:
     visit: int = 1
     dry_run: bool = False
     depth: int = 0  # of its run: 0 where a user started it, 1 for its children
-    results: list[Any] | None = None  # what the node parked for: its children's, or an answer
+    results: list[Any] | None = None  # what the node parked for: its children's, or one answer
+    failure: str = ""  # of a child that it parked for: with it the node has failed, too
     changes: dict[str, str] = field(default_factory=dict)  # what it wrote, as key: JSON text
     usage: dict[str, int] = field(default_factory=dict)  # model tokens that it used, by kind
 
@@ -277,13 +278,13 @@ def is_usage(kind: Any, number: Any) -> bool:
     return named and type(number) is int and abs(number) <= MAX_COUNT
 
 
-async def execute(node: Node, ctx: Context, failure: str, record: Record) -> Outcome | Park:
-    """One activation of a node, the same in every executor (I4); `failure`: of a child, or ''.
-    RunError when it has failed for good and none of its edges carries the action `error`."""
+async def execute(node: Node, ctx: Context, record: Record) -> Outcome | Park:
+    """One activation of a node, the same in every executor (I4). RunError when it has failed for
+    good and none of its edges carries the action `error`."""
     started = time.monotonic()
     try:
-        if failure:
-            raise Permanent(failure)
+        if ctx.failure:
+            raise Permanent(ctx.failure)
         # In a task of its own: else a node that cancels its task would cancel what we do after it.
         action = await asyncio.create_task(_steps(node, ctx, record))
         if isinstance(action, Park):
@@ -574,7 +575,7 @@ class Flow:
         for id in (wanted := [self.id]):  # which grows meanwhile
             for node in self.registry[id].nodes.values():
                 wanted += [child for child in node.runs() if child not in wanted]
-        text = encode({id: self.registry[id].graph for id in sorted(wanted)})
+        text = encode({id: self.registry[id].graph for id in wanted})
         return hashlib.sha256(text.encode()).hexdigest(), text
 
 
@@ -763,10 +764,10 @@ class MemoryRun(Run):
         node, visit = self.flow.nodes[id], self.state.visits.get(id, 1)
         job, failure, results = f"{self.id}/{id}/{self.state.tokens[id]}", "", None
         while True:
-            ctx = Context(self.values, job, visit, self.dry_run, self.depth, results)
+            ctx = Context(self.values, job, visit, self.dry_run, self.depth, results, failure)
             async with self.slots:
                 running = self.phase == RUNNING  # a failed run begins nothing more
-                outcome = await execute(node, ctx, failure, self._record) if running else None
+                outcome = await execute(node, ctx, self._record) if running else None
             if not isinstance(outcome, Park):
                 return outcome
             if self.phase != RUNNING:
@@ -1457,13 +1458,7 @@ class RedisRun(Run):
 CRASHES = 5  # a run fails when so many workers have died with one job; 1 if its node has no retries
 
 
-class Claimed(NamedTuple):
-    """What a worker needs to run a job."""
-
-    run: RedisRun
-    node: Node
-    ctx: Context
-    failure: str = ""  # of what the job was parked for
+Claimed = tuple[RedisRun, Node, Context]  # what a worker needs to run a job
 
 
 @dataclass
@@ -1581,15 +1576,15 @@ class Worker:
                 if self.held.get(job) is held:  # else its run has failed
                     await self._give_back(job)  # RELEASE knows where to
                 return
-            run, node, ctx, failure = claimed
+            run, node, ctx = claimed
             held.no_repeat = not node.retries
             try:
-                outcome = await execute(node, ctx, failure, run.record)
+                outcome = await execute(node, ctx, run.record)
                 if isinstance(outcome, Park):
-                    await self._park(job, claimed, outcome)
+                    await self._park(job, run, node, outcome)
                 else:
                     held.outcome = outcome
-                    await self._commit(job, claimed)
+                    await self._commit(job, run, node.flow)
             except RunError as error:
                 await self._fail(job, run, str(error))
         except Exception:  # charged, so that it does not come again for ever
@@ -1644,8 +1639,9 @@ class Worker:
         failures = [text for status, text in filter(None, told) if status != COMPLETED]
         results = [result for _, result in told] if told and all(told) else None
         visit, origin = run.state.visits.get(node.id, 1), run.origin
-        ctx = Context(run.context, job, visit, origin.dry_run, origin.depth, results)
-        return Claimed(run, node, ctx, failures[0] if failures else "")
+        failure = failures[0] if failures else ""
+        ctx = Context(run.context, job, visit, origin.dry_run, origin.depth, results, failure)
+        return run, node, ctx
 
     async def _flow(self, origin: Origin) -> Flow:
         if origin.graph not in self._registries:
@@ -1655,14 +1651,13 @@ class Worker:
             self._registries[origin.graph] = Registry(json.loads(graph))
         return self._registries[origin.graph][origin.flow]
 
-    async def _commit(self, job: str, claimed: Claimed) -> None:
+    async def _commit(self, job: str, run: RedisRun, flow: Flow) -> None:
         """Record what a job came to, and with it the other held jobs of its run that have ended by
         now; decided anew whenever the run has moved. The commits of a run take turns."""
-        run, nodes = claimed.run, claimed.node.flow.nodes
         async with run.turn:
             if len(run.state.tokens) > 1:
                 await asyncio.sleep(0)  # so that what ends at the same time shares the commit
-            while decision := self._decide(job, claimed):
+            while decision := self._decide(job, run, flow):
                 ended, state, ready, a = decision
                 # One job stays for each that has ended: so the worker holds no more than before.
                 stays = run.phase == RUNNING and not self.stopping and not self._suspect
@@ -1679,19 +1674,18 @@ class Worker:
                     log.info("done %s -> %s in %.3f s", each, outcome.action, seconds)
                     self._forget(each)
                 for other in keep:
-                    self._begin(other, self._claimed(other, run, nodes[other.split("/")[1]]))
+                    self._begin(other, self._claimed(other, run, flow.nodes[other.split("/")[1]]))
                 return
         self.counts["refused"] += 1
         await self._give_back(job)
 
     def _decide(
-        self, job: str, claimed: Claimed
+        self, job: str, run: RedisRun, flow: Flow
     ) -> tuple[dict[str, Outcome], State, list[str], dict[str, Any]] | None:
         """Of the held jobs of a run that have ended: their outcomes, the state after them, the jobs
         that may then run, and what `change` is given; None if `job` must not be committed."""
-        run, flow, version = claimed.run, claimed.node.flow, new_id()
-        state, ready, done, usage = run.state, list[str](), list[str](), Counter[str]()
-        changes = dict[str, str]()
+        state, version, changes = run.state, new_id(), dict[str, str]()
+        ready, done, usage = list[str](), list[str](), Counter[str]()
         jobs = run.active().values() if run.phase != CANCELLED else ()
         ended = {j: held.outcome for j in jobs if (held := self.held.get(j)) and held.outcome}
         for each, outcome in ended.items():
@@ -1709,10 +1703,10 @@ class Worker:
             a |= run.ending(COMPLETED, result=result)
         return ended, state, ready, a
 
-    async def _park(self, job: str, claimed: Claimed, park: Park) -> None:
+    async def _park(self, job: str, run: RedisRun, node: Node, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
-        run, registry = claimed.run, claimed.node.flow.registry
-        origin = replace(run.origin, parent=job, depth=run.origin.depth + 1)
+        registry, depth = node.flow.registry, run.origin.depth + 1
+        origin = replace(run.origin, parent=job, depth=depth)
         count, starts = len(park.children) or 1, list[asyncio.Future[Any]]()
         for i, child in enumerate(park.children):
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
@@ -1721,12 +1715,12 @@ class Worker:
             if i % 100 == 99:  # few at a time, for others want to be served, too
                 await starts[-1]
         await asyncio.gather(*starts)
-        event = run.event("parked", node=claimed.node.id, question=park.question)
+        event = run.event("parked", node=node.id, question=park.question)
         self._forget(job)
         a: dict[str, Any] = {"count": count, "question": park.question, "event": event}
         if await run.change(RELEASE, job=job, **a) < 0:
             why = f"its prep now gives {count}, and not all that it gave at first were started"
-            raise RunError(f'node "{claimed.node.id}": children are missing: {why}')
+            raise RunError(f'node "{node.id}": children are missing: {why}')
 
     async def _fail(self, job: str, run: RedisRun, text: str) -> None:
         log.warning("failed %s", job)

@@ -653,15 +653,15 @@ class OneByOne:
         try:
             for id in ready:  # which grows
                 ctx = Context(values, run.id, state.visits.get(id, 1), dry_run, depth)
-                while isinstance(out := await execute(flow.nodes[id], ctx, error, quiet), Park):
+                while isinstance(out := await execute(flow.nodes[id], ctx, quiet), Park):
                     at = [(flow.registry[child.flow], child.inputs) for child in out.children]
                     ends = [await self.run(*each, dry_run, depth + 1) for each in at]
                     ctx.results = [*map(Ended.given, ends, out.children)]
-                    error = next((end.failure for end in ends if end.failure), "")
+                    ctx.failure = next((end.failure for end in ends if end.failure), "")
                     run.log += itertools.chain(*(end.log for end in ends))
                 run.log.append(event_of("done", run.id, flow.id, **out.event))
                 state, more = flow.advance(state, id, out.action, "x")
-                values, error = values | out.changes, ""
+                values = values | out.changes
                 ready += more
         except RunError as failure:
             error = str(failure)
@@ -895,7 +895,7 @@ class Hand:
         view, node, version = self.view, job.split("/")[1], new_id()
         results = json.loads(told[0])[1:] if told else None
         ctx = Context(view.context, job, view.state.visits.get(node, 1), results=results)
-        outcome = await execute(self.flow.nodes[node], ctx, "", quiet)
+        outcome = await execute(self.flow.nodes[node], ctx, quiet)
         assert isinstance(outcome, Outcome)
         state, ready = self.flow.advance(view.state, node, outcome.action, version)
         a = {"seen": view.version, "version": version, "jobs": [job], "usage": {}, "keep": []}
