@@ -340,6 +340,17 @@ class Numbered(Node):
         Numbered.made += 1
 
 
+class Fickle(Node):
+    """Cannot always be made."""
+
+    broken = False
+
+    def __init__(self, flow: agentflow.Flow, spec: Any) -> None:
+        super().__init__(flow, spec)
+        if Fickle.broken:
+            raise ValueError("\ud800")
+
+
 class Threaded(Node):
     """Works in a thread, which ends when so many are at work at the same time."""
 
@@ -368,7 +379,7 @@ TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison
 TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
 TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender, "deaf": Deaf}
 TYPES |= {"numbered": Numbered, "breaking": Breaking, "threaded": Threaded}
-TYPES |= {"parking": Parking}
+TYPES |= {"parking": Parking, "fickle": Fickle}
 for name, node_type in TYPES.items():
     Registry.add(name, node_type)
 
@@ -1412,6 +1423,23 @@ def test_a_loops_next_round_waits_for_its_side_work() -> None:
     assert (during, after) == (["n"], ["a"])
 
 
+def test_a_state_that_no_run_can_have_is_an_error_and_loses_no_token() -> None:
+    state = agentflow.State({"a": "x", "b": "y"}, {})
+
+    with pytest.raises(RunError, match='"b" was reached while active'):
+        flow("a -> b").advance(state, "a", "default", "z")
+
+
+def test_a_graph_that_is_written_backwards_is_analysed_in_time() -> None:
+    chain = [f"n{i} -> n{i + 1}" for i in reversed(range(900))]
+    loops = [f"n{i + 1} -more-> n{i}" for i in range(0, 900, 50)]
+    begun = time.process_time()
+
+    agentflow.Flow("flow", graph("; ".join(chain + loops)), Registry({}))
+
+    assert time.process_time() - begun < 2
+
+
 # ── 10. Meaning ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -1429,6 +1457,38 @@ async def test_a_node_that_fails_is_tried_again_as_often_as_it_says(executor: An
         assert end.status == FAILED
         assert end.error == f'node "a": ConnectionError: attempt {attempts} failed'
         assert end.context == {} and [*end.tokens] == ["a"]
+
+
+def test_a_node_has_two_retries_and_two_minutes_unless_it_says_so() -> None:
+    node = one("copy").nodes["a"]
+
+    assert (node.retries, node.timeout, node.backoff) == (2, 120, 0.5)
+
+
+@own_executors
+async def test_each_retry_comes_later_and_nodes_do_not_retry_together(executor: Any) -> None:
+    fails = {"fails": 3, "config": {"retries": 3}}
+    run = await flow(" ".join("abcdefgh"), **dict.fromkeys("abcdefgh", fails)).run({}, executor)
+
+    tries = [event for event in (await end_of(run)).events if event["event"] == "retrying"]
+
+    delays = {node: [t["delay"] for t in tries if t["node"] == node] for node in "abcdefgh"}
+    assert all(first < last for first, _, last in delays.values()), delays
+    assert len({*map(tuple, delays.values())}) > 1  # 0.5 to 1.5 times 0.01, 0.02, 0.04 s
+
+
+async def test_no_retry_is_put_off_for_longer_than_a_minute_or_so() -> None:
+    node, delays = one("refused", times=1, after=None).nodes["a"], []
+    node.backoff = 500
+
+    def note(event: str, **more: Any) -> None:
+        delays.append(more["delay"])
+        raise Permanent  # else it would now wait
+
+    with pytest.raises(RunError):
+        await execute(node, Context({}, new_id()), note)
+
+    assert 30 <= delays[0] <= 90
 
 
 async def test_a_node_is_stopped_when_its_time_is_up(executor: Any, gate: Gate) -> None:
@@ -1528,6 +1588,33 @@ async def test_each_failure_is_recorded_and_the_first_is_the_runs(
     end = await end_of(run)
     told = [event["error"] for event in end.events if event["event"] == FAILED]
     assert told == ['node "b": it is broken', 'node "a": it is broken'] and end.error == told[0]
+
+
+async def test_what_is_said_of_an_error_is_short() -> None:
+    node, said = one("copy", config={"retries": 1}).nodes["a"], []
+    node.backoff = 0.01
+
+    async def fail(prepared: Any) -> Any:
+        raise ValueError("long " * 10_000)
+
+    node.exec = fail  # type: ignore[method-assign]
+    with pytest.raises(RunError) as failed:
+        await execute(node, Context({}), lambda event, **more: said.append(more["error"]))
+
+    assert [len(text) for text in (*said, str(failed.value))] == [2000, 2000]
+
+
+@own_executors
+async def test_what_has_happened_so_far_is_told_at_once(executor: Any, gate: Gate) -> None:
+    run = await flow("a -> b", b=gate.data).run({}, executor)
+    await gate.reached("b")
+
+    async with asyncio.timeout(5):
+        so_far = [event["event"] async for event in run.events(follow=False)]
+    gate.open("b")
+
+    assert so_far == ["started", "done"]
+    assert (await end_of(run)).status == COMPLETED
 
 
 async def test_an_action_that_is_on_no_edge_is_an_error(executor: Any) -> None:
@@ -1754,6 +1841,24 @@ async def test_a_person_is_asked_and_the_first_answer_wins(executor: Any) -> Non
     assert told == ["started", "done", "parked", "answered", "done", "done", "completed"]
 
 
+async def test_in_memory_a_childs_question_is_answered_by_its_run() -> None:
+    run = await family("s", "w -approve-> final_output", s=SUB, c_w=WAIT).run()
+    await question_of(run, 2)  # the first to park is its parent
+    [child] = {each["run"] async for each in run.events(follow=False)} - {run.id}
+
+    await run.answer("w", "approve", child)
+
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_what_is_nested_16_deep_may_still_ask() -> None:
+    ctx = Context({}, depth=agentflow.MAX_DEPTH)
+
+    outcome = await execute(one("idle", question="Good?").nodes["a"], ctx, quiet)
+
+    assert isinstance(outcome, Park)
+
+
 @own_executors
 async def test_a_remark_leads_to_another_round_which_asks_anew(executor: Any) -> None:
     asking = flow("a -> w; w -change-> a; w -approve-> b", w=WAIT | {"otherwise": "change"})
@@ -1769,14 +1874,15 @@ async def test_a_remark_leads_to_another_round_which_asks_anew(executor: Any) ->
 
 @own_executors
 async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Gate) -> None:
-    run = await flow("a -> b", a=gate.data).run({}, executor)
-    await gate.reached("a")
+    busy = family("a -> b; m", a=gate.data, m=MAP, c_x=gate.data)
+    run = await busy.run({"items": [1]}, executor)
+    await gate.reached("a"), await gate.reached("x")
 
-    for node in ("a", "b", "nobody"):
+    for node in ("a", "b", "m", "nobody"):
         with pytest.raises(RunError, match="does not wait for an answer"):
             await run.answer(node, "yes")
 
-    gate.open("a")
+    gate.open("a", "x")
     assert (await end_of(run)).status == COMPLETED
 
 
@@ -1890,6 +1996,15 @@ async def test_an_error_that_cannot_be_told_does_not_hang_its_run(executor: Any)
     mute = one("breaking", how="mute", config={"retries": 0})
 
     assert (await end_of(await mute.run({}, executor))).status == FAILED
+
+
+async def test_an_error_that_cannot_be_told_is_in_the_log() -> None:
+    run = await one("breaking", how="mute", config={"retries": 0}).run()
+    end = await end_of(run)
+
+    [told] = await asyncio.gather(*run.tasks, return_exceptions=True)  # what asyncio would log
+
+    assert str(told) == "it is gone" and end.error == "RuntimeError, as the log shows"
 
 
 async def test_what_a_node_does_to_its_task_is_not_held_against_the_next(executor: Any) -> None:
@@ -2680,6 +2795,50 @@ async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate)
     assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 3
 
 
+async def test_two_jobs_that_have_crashed_twice_run_one_after_the_other(
+    space: Space, gate: Gate
+) -> None:
+    runs = [await flow(node, **{node: gate.data}).run({}, space.executor) for node in "ab"]
+    for job in space.lists():
+        space.redis.hset(space.key("run", job.split("/")[0]), f"crashes {job}", 2)
+
+    space.worker()
+    await wait_until(lambda: gate.begun("a") or gate.begun("b"))
+
+    assert not (gate.begun("a") and gate.begun("b"))
+    gate.open("a", "b")
+    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
+
+
+async def test_jobs_that_are_lost_together_are_charged_until_they_have_crashed_twice(
+    space: Space,
+) -> None:
+    both = flow("a b -> c")
+    run = await both.run({}, space.executor)
+    hand = Hand(space, both, run)  # which is dead
+    a, b = hand.take("a"), hand.take("b")
+    space.redis.hset(run.keys[0], f"crashes {b}", 1)
+
+    space.worker(lease=0.1)
+    await committed_once(space, run, both)
+
+    assert [space.redis.hget(run.keys[0], f"crashes {job}") for job in (a, b)] == ["1", "2"]
+
+
+async def test_what_the_dead_leave_of_no_run_is_dropped_and_who_leaves_nothing_is_not_spoken_of(
+    space: Space, caplog: Any
+) -> None:
+    empty, dead = "host-1-abcdef", "host-2-abcdef"
+    space.redis.zadd(space.key("workers"), dict.fromkeys((empty, dead), time.time()))
+    space.redis.lpush(space.key("processing", dead), "none/a/x")
+
+    worker = space.worker(lease=0.3)
+    await wait_until(lambda: worker.counts["reaped"] == 1)
+
+    assert not space.redis.exists(space.key("run", "none")) and not space.lists()
+    assert f"{dead} is dead" in caplog.text and empty not in caplog.text
+
+
 async def test_a_job_that_has_crashed_twice_waits_for_what_may_yet_come(space: Space) -> None:
     run = await flow("a").run({}, space.executor)
     [job] = space.lists()
@@ -2756,7 +2915,8 @@ async def test_a_job_that_has_waited_to_be_alone_is_read_anew(space: Space) -> N
     space.redis.hset(run.keys[1], "x", '"new"')  # as a resume may do it
     worker._taking = False
 
-    assert (await claim).ctx["x"] == "new"
+    _, _, ctx = await claim
+    assert ctx["x"] == "new"
     await worker.executor.link.close()
     space.redis.lmove(worker.processing, space.key("ready"))
     space.worker()
@@ -2850,7 +3010,7 @@ async def test_past_its_grace_a_stopping_worker_gives_its_jobs_back_uncharged(
     space: Space, gate: Gate
 ) -> None:
     gated = flow("a -> b", a=gate.data)
-    worker = space.process(grace=0.1)
+    worker = space.process(grace=0.1, concurrency=1)  # it is full, and hears all the same
     run = await gated.run({}, space.executor)
     await gate.reached("a")
 
@@ -2860,6 +3020,63 @@ async def test_past_its_grace_a_stopping_worker_gives_its_jobs_back_uncharged(
     assert not any(name.startswith("crashes") for name in space.runs()[space.key("run", run.id)])
     space.process()
     await opened(gate, run, gated)
+
+
+async def test_a_worker_that_leaves_gives_back_also_what_it_never_heard_of(
+    space: Space, gate: Gate
+) -> None:
+    worker = space.worker(concurrency=1, beat=1, grace=0.1)  # so that no audit finds it before
+    runs = [await flow(node, **{node: gate.data}).run({}, space.executor) for node in "ab"]
+    await gate.reached("a")
+    space.redis.lmove(space.key("ready"), worker.processing)
+
+    await space.stop(worker)
+
+    assert space.redis.llen(space.key("ready")) == 2
+    assert not any("crashes" in name for run in runs for name in space.redis.hkeys(run.keys[0]))
+    gate.open("a", "b")
+    space.worker()
+    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
+
+
+async def test_what_is_given_back_is_taken_next(space: Space) -> None:
+    runs = [await flow("a").run({}, space.executor)]
+    hand = Hand(space, flow("a"), runs[0], alive=60)
+    job = hand.take("a")
+    runs.append(await flow("a").run({}, space.executor))
+
+    await hand.view.change(RELEASE, job=job)
+
+    assert space.redis.lindex(space.key("ready"), -1) == job
+    space.worker()
+    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
+
+
+async def test_a_worker_that_has_left_does_not_show_that_it_lives(space: Space) -> None:
+    worker = space.worker(beat=0.5)
+    await wait_until(lambda: space.redis.exists(space.key("worker", worker.id)))
+
+    await space.stop(worker)
+
+    assert not [task for task in asyncio.all_tasks() if "_tick" in repr(task.get_coro())]
+    assert not space.redis.exists(space.key("worker", worker.id))
+
+
+async def test_a_worker_whose_command_redis_refuses_still_shows_that_it_lives(
+    space: Space,
+) -> None:
+    worker, refused = space.worker(), []
+
+    async def refuse() -> None:
+        refused.append(1)
+        raise exceptions.NoPermissionError
+
+    worker._audit = refuse  # type: ignore[method-assign]
+    await wait_until(lambda: refused)
+    heartbeat = space.key("worker", worker.id)
+    space.redis.delete(heartbeat)
+
+    await wait_until(lambda: space.redis.exists(heartbeat))
 
 
 async def test_a_worker_that_lacks_a_node_type_fails_the_run_which_can_be_resumed(
@@ -2877,6 +3094,38 @@ async def test_a_worker_that_lacks_a_node_type_fails_the_run_which_can_be_resume
 
     assert 'there is no node type "rare"' in failed.error and "--import" in failed.error
     await as_in_memory(run, rare)
+
+
+async def test_why_a_flow_cannot_be_built_may_be_no_unicode(space: Space) -> None:
+    run = await one("fickle").run({}, space.executor)
+
+    Fickle.broken = True
+    space.worker()
+    end = await end_of(run)
+    Fickle.broken = False
+
+    assert end.status == FAILED and end.error.endswith("cannot build its flow: \\ud800")
+
+
+async def test_a_worker_keeps_the_newest_100_graphs_that_it_has_seen(space: Space) -> None:
+    worker, text = Worker(space.url, space.namespace), flow("a").bundle[1]
+
+    for i in range(101):
+        space.redis.set(space.key("graph", f"{i}"), text, ex=1000)
+        await worker._flow(agentflow.Origin("flow", f"{i}", "root"))
+
+    assert [*worker._registries] == [f"{i}" for i in range(1, 101)]
+    await worker.executor.link.close()
+
+
+async def test_a_worker_that_nobody_disturbs_is_refused_nothing(space: Space) -> None:
+    worker = space.worker()
+    run = await flow("a -> b c -> d").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+    await space.stop(worker)
+
+    assert worker.counts == {"done": 4, "refused": 0, "audited": 0, "lost": 0, "reaped": 0}
 
 
 # Slow: taken for dead, while it is not.
@@ -2967,6 +3216,25 @@ async def test_a_late_failure_of_a_job_that_another_worker_has_changes_nothing(
     gate.mend()
     other.send(signal.SIGCONT)
 
+    await as_in_memory(run, gated)
+
+
+async def test_a_late_success_does_not_complete_a_run_that_has_failed_of_that_job(
+    space: Space, gate: Gate
+) -> None:
+    gated = flow("a", a=gate.data)
+    slow = space.worker(beat=1.5)
+    run = await gated.run({}, space.executor)
+    await gate.reached("a")
+    other = Hand(space, gated, run, alive=60)
+    job = space.redis.lmove(slow.processing, other.processing, "RIGHT", "LEFT")
+    await other.fail(job, "it is broken")
+
+    gate.open("a")
+    await wait_until(lambda: not slow.held)
+
+    assert await is_status(run, FAILED)  # as its parent was told, if it has one
+    await run.resume()
     await as_in_memory(run, gated)
 
 
@@ -3147,7 +3415,9 @@ async def test_an_outage_in_the_middle_of_a_reap_reaps_nobody(space: Space) -> N
     await committed_once(space, run, chain)
 
 
-async def test_what_redis_refuses_for_now_holds_up_nothing_else(tmp_path: Path) -> None:
+async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_once(
+    tmp_path: Path, caplog: Any
+) -> None:
     server = Server(tmp_path, "--maxmemory", "1")  # it is full
     server.start()
     link = agentflow.Link(server.url)
@@ -3159,23 +3429,33 @@ async def test_what_redis_refuses_for_now_holds_up_nothing_else(tmp_path: Path) 
 
     assert replies == [None] * 10 and took < 4
     assert await asyncio.wait_for(refused, 5) == "OK"
+    await wait_until(lambda: "redis answers again" in caplog.text)
+    assert caplog.text.count("redis does not answer") == 1
     await link.close()
     server.kill()
 
 
-async def test_a_redis_that_is_full_still_takes_commits_and_a_cancel(tmp_path: Path) -> None:
+async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(
+    tmp_path: Path,
+) -> None:
     server, both = Server(tmp_path), flow("a -> b")
     server.start()
     space = Space(server, tmp_path)
     run = await both.run({}, space.executor)
     hand = Hand(space, both, run)
     decision = await hand.decide(hand.take("a")) | {"usage": {"total": 3}}
-    other = await both.run({}, space.executor)
+    other, worker = await both.run({}, space.executor), Worker(space.url, space.namespace, lease=60)
+    await worker._beat()
+    heartbeat = space.key("worker", worker.id)
+    space.redis.expire(heartbeat, 30)
 
     server.client.config_set("maxmemory", 1)
     committed = await asyncio.wait_for(hand.commit(decision), 5)
     await asyncio.wait_for(other.cancel(), 5)
+    await asyncio.wait_for(worker._beat(), 5)
 
+    assert space.redis.ttl(heartbeat) > 30
+    await worker.executor.link.close()
     assert committed and (await run.status()).usage == {"total": 3}
     assert await is_status(other, CANCELLED) and 0 < space.redis.ttl(other.keys[0]) <= 7 * 86400
     await space.close()
@@ -3197,12 +3477,33 @@ async def test_what_nobody_waits_for_any_more_is_not_sent_again(tmp_path: Path) 
     server.kill()
 
 
+async def test_who_waits_no_more_leaves_the_others_of_a_batch_alone(space: Space) -> None:
+    link, key = agentflow.Link(space.url), space.key("none")
+    slow, other = link.send("BLPOP", key, 0.5), link.send("EXISTS", key)
+    assert not (await asyncio.wait([slow], timeout=0.1))[0]  # they have been sent
+
+    slow.cancel()
+
+    assert await asyncio.wait_for(other, 5) == 0
+    await link.close()
+
+
 async def test_a_reply_that_takes_long_is_waited_for_longer(space: Space) -> None:
     link = agentflow.Link(space.url)
 
     slow = link.send("BLPOP", space.key("none"), 3.2)  # as slow as a large context may be
 
     assert await asyncio.wait_for(slow, 30) is None
+    await link.close()
+
+
+async def test_a_large_batch_is_given_the_time_to_travel(space: Space) -> None:
+    link = agentflow.Link(space.url)
+    batch = [("BLPOP", space.key("none"), 0.5), ("ECHO", "x" * 3_000_000)]
+
+    none, text = await link._exchange(batch, 0.2)
+
+    assert none is None and len(text) == 3_000_000
     await link.close()
 
 
@@ -3244,6 +3545,28 @@ async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path: Path) ->
 
     large.cancel()
     server.kill()
+
+
+async def test_a_connection_that_cannot_be_closed_does_not_end_its_worker(space: Space) -> None:
+    worker, closed = space.worker(), []
+    client, close = worker.executor.link.client, worker.executor.link.client.aclose
+
+    async def hang() -> None:
+        await close()
+        closed.append(1)
+        raise exceptions.TimeoutError
+
+    def fetching() -> list[str]:
+        return [each["id"] for each in space.redis.client_list() if each["cmd"] == "blmove"]
+
+    client.aclose = hang  # type: ignore[method-assign]
+    for id in await wait_until(fetching):
+        space.redis.client_kill_filter(_id=id)
+    run = await flow("a -> b").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+    await space.stop(worker)
+    assert len(closed) == 2
 
 
 DEMOTED = ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
@@ -3409,22 +3732,22 @@ async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> N
 
 
 async def test_a_child_that_outlives_its_root_leaves_nothing_of_it(
-    space: Space, gate: Gate
+    space: Space, gate: Gate, caplog: Any
 ) -> None:
     by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
     slow = {"type": "spender", "tokens": 1}
     child = graph("w -good-> x -> s; w -bad-> y", w=by_item, x=gate.data, y=gate.broken, s=slow)
     graphs = {"flow": graph("m -error-> z", m=MAP), "child": child}
-    space.worker()
+    worker = space.worker()
     run = await Registry(graphs)["flow"].run({"items": ["good", "bad"]}, space.executor)
     assert (await end_of(run)).status == COMPLETED
     [good] = [key for key, found in space.runs().items() if found["status"] == RUNNING]
     space.redis.delete(*run.keys[:3], run.keys[EVENTS])  # as after a week
 
     gate.open("x")
-    await wait_until(lambda: space.redis.hget(good, "status") == COMPLETED)
+    await wait_until(lambda: space.redis.hget(good, "status") == COMPLETED and not worker.held)
 
-    assert not space.redis.exists(*run.keys[:3], run.keys[EVENTS])
+    assert not space.redis.exists(*run.keys[:3], run.keys[EVENTS]) and "crashed" not in caplog.text
     space.redis.delete(*space.runs())  # whose events nobody can replay
 
 
@@ -3438,6 +3761,35 @@ async def test_a_cancelled_child_does_not_lengthen_the_life_of_its_roots_events(
     await run.cancel()
 
     assert 6 < space.redis.ttl(run.keys[EVENTS]) / 86400 <= 7
+
+
+async def test_a_childs_end_does_not_shorten_the_life_of_what_it_shares(space: Space) -> None:
+    parent = family("s", s=SUB)
+    run = await parent.run({}, space.executor)
+    hand = Hand(space, parent, run, alive=100)
+    child = await hand.start_child(hand.take("s"))
+
+    space.worker()
+    await wait_until(lambda: is_status(child, COMPLETED))
+
+    for key in (run.keys[EVENTS], space.key("graph", run.origin.graph)):
+        assert 29 < space.redis.ttl(key) / 86400 <= 30
+
+
+async def test_a_failed_child_can_be_resumed_although_its_root_is_gone(
+    space: Space, gate: Gate
+) -> None:
+    space.worker()
+    run = await family("s -error-> z", s=SUB, c_x=gate.broken).run({}, space.executor)
+    assert (await end_of(run)).status == COMPLETED
+    [child] = await run.children()
+    space.redis.delete(*run.keys[:3], run.keys[EVENTS])  # as after a week
+
+    gate.mend()
+    await child.resume()
+
+    await wait_until(lambda: is_status(child, COMPLETED))
+    space.redis.delete(*space.runs())  # whose events nobody can replay
 
 
 async def test_a_cancel_that_is_sent_again_says_the_same(space: Space) -> None:
@@ -3478,6 +3830,71 @@ async def test_a_run_expires_thirty_days_after_its_last_step(space: Space, gate:
     assert all(29 < space.redis.ttl(key) / 86400 <= 30 for key in keys)
     gate.open("b")
     assert (await end_of(run)).status == COMPLETED
+
+
+async def test_so_does_a_failed_run_after_its_failure_or_its_resume(space: Space) -> None:
+    run = await flow("a").run({"x": 1}, space.executor)
+    hand = Hand(space, flow("a"), run)
+    job, keys = hand.take("a"), [*run.keys[:2], run.keys[EVENTS]]
+
+    for change in (lambda: hand.fail(job, "it is broken"), run.resume):
+        for key in space.names():
+            space.redis.expire(key, 1000)
+        await change()
+        assert all(29 < space.redis.ttl(key) / 86400 <= 30 for key in keys)
+
+
+async def test_so_does_what_a_run_waits_for_although_nothing_follows(space: Space) -> None:
+    parent = family("s", s=SUB)
+    hand = Hand(space, parent, await parent.run({}, space.executor))
+
+    await hand.start_child(hand.take("s"))
+
+    assert 29 < space.redis.ttl(hand.view.keys[PARKED]) / 86400 <= 30
+
+
+async def test_the_list_of_runs_forgets_what_has_expired(space: Space) -> None:
+    month_ago = time.time() - 30 * 86400
+    space.redis.zadd(space.key("runs"), {"gone": month_ago - 100, "there": month_ago + 100})
+
+    run = await flow("a").run({}, space.executor)
+
+    assert space.redis.zrange(space.key("runs"), 0, -1) == ["there", run.id]
+
+
+async def test_a_runs_events_are_capped(space: Space) -> None:
+    run = await flow("a").run({}, space.executor)
+    events, sizes = run.keys[EVENTS], []
+
+    for record in (lambda: run.record("retrying", node="a"), run.cancel):
+        pipe = space.redis.pipeline()
+        for _ in range(11_000 - space.redis.xlen(events)):
+            pipe.xadd(events, {"event": run.event("retrying", node="a")})
+        pipe.execute()
+        await (record() or space.executor.send("EXISTS", events))  # which travels behind it
+        sizes.append(space.redis.xlen(events))
+
+    assert max(sizes) < 10_200
+
+
+async def test_what_is_recorded_of_a_run_that_is_gone_leaves_nothing(space: Space) -> None:
+    run = await flow("a").run({}, space.executor)
+    space.redis.delete(*run.keys[:3], run.keys[EVENTS])
+
+    run.record("retrying", node="a")
+
+    assert not await space.executor.send("EXISTS", run.keys[EVENTS])  # which travels behind it
+
+
+async def test_who_follows_events_asks_about_ten_times_a_second(space: Space) -> None:
+    run = await flow("a").run({}, space.executor)
+    found = exchanges(space.executor.link)
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            [event async for event in run.events()]
+
+    assert len(found) < 20
 
 
 async def test_a_run_whose_graph_is_gone_fails_and_may_be_resumed(space: Space) -> None:
@@ -3546,6 +3963,7 @@ async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Sp
     child = await hand.start_child(job)
     space.worker()
     await wait_until(lambda: is_status(child, COMPLETED))
+    assert space.lists() == [job] and not (await run.status()).context  # not queued as well
 
     event = hand.view.event("parked", node="s")
     await hand.view.change(RELEASE, job=job, count=1, question="", event=event)
@@ -3814,8 +4232,9 @@ async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(
     assert await is_status(child, FAILED) and len(gate.begun("x")) == 1
 
 
+@pytest.mark.parametrize("now", [["good", "bad", "good"], ["good"]])
 async def test_a_map_that_is_delivered_again_starts_no_child_again_and_no_more(
-    space: Space, gate: Gate
+    space: Space, gate: Gate, now: list[str]
 ) -> None:
     by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
     noted = gate.data | {"holds": 0}
@@ -3827,7 +4246,7 @@ async def test_a_map_that_is_delivered_again_starts_no_child_again_and_no_more(
     await wait_until(lambda: not space.lists() and gate.begun("x"))
     good, bad = await run.children()
     space.redis.delete(*good.keys[:3])  # as if it had ended a week ago
-    space.redis.hset(run.keys[1], "items", '["good", "bad", "good"]')
+    space.redis.hset(run.keys[1], "items", json.dumps(now))
 
     [job] = [*run.active().values()]
     space.redis.hdel(run.keys[2], f"{job} is parked")  # as if its worker had died before that
@@ -4050,19 +4469,26 @@ async def test_a_commit_into_a_failed_run_just_before_a_resume_is_not_repeated(
     assert accepted
 
 
-async def test_a_map_that_could_start_nothing_as_its_run_had_failed_starts_it_after_a_resume(
-    space: Space,
+@pytest.mark.parametrize(
+    "order", ["fail start resume park", "fail start park resume", "start fail resume park"]
+)
+async def test_a_map_whose_run_fails_while_it_starts_its_children_starts_all_after_a_resume(
+    space: Space, order: str
 ) -> None:
     mapped, items = family("m a -> b", m=MAP, c_x=ITEM), {"items": [1, 2]}
     run = await mapped.run(items, space.executor)
     hand = Hand(space, mapped, run, alive=100)
-    m, a = hand.take("m"), hand.take("a")
-    await hand.fail(a, "it is broken")
-    await hand.start_child(m, {"item": 1}, count=2)
+    m, a, event = hand.take("m"), hand.take("a"), run.event("parked", node="m")
+    steps = {
+        "fail": lambda: hand.fail(a, "it is broken"),
+        "start": lambda: hand.start_child(m, {"item": 1}, count=2),  # the first one
+        "park": lambda: hand.view.change(RELEASE, job=m, count=2, question="", event=event),
+        "resume": run.resume,
+    }
 
-    await run.resume()
-    event = run.event("parked", node="m")
-    await hand.view.change(RELEASE, job=m, count=2, question="", event=event)
+    for step in order.split():
+        await steps[step]()
+        assert {*places(space).values()} == {1}
     space.worker()
 
     await as_in_memory(run, mapped, items)
@@ -5107,6 +5533,10 @@ def test_a_context_gives_copies_and_keeps_what_was_written() -> None:
     for path in ("none", "list/1", "list/x", "deep/b", "deep/a/0/b/c"):
         with pytest.raises(KeyError):
             ctx[path]
+
+
+def test_what_a_run_gives_does_not_depend_on_the_order_in_which_it_was_written() -> None:
+    assert result_of({"b": "1", "a": "2"}) == '{"a":2,"b":1}'
 
 
 PASSING = ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT"]
