@@ -1407,7 +1407,7 @@ class RedisRun(Run):
         found = await self.change(END, **self.ending(CANCELLED, why))
         children = await self.children()  # no more can come: START asks for the parent's status
         await asyncio.gather(*(child._cancel("with its parent") for child in children))
-        return str(found)
+        return str(found or "")
 
     async def resume(self, inputs: Mapping[str, Any] = {}) -> None:
         """Go on from exactly where the run, and children that it waits for, failed, with these
@@ -1488,8 +1488,9 @@ class Worker:
 
     async def run(self) -> None:
         """Work until `stop` is called. RedisError where Redis is not there or will not do."""
-        # For nodes that use asyncio.to_thread; and looking up Redis' name takes a thread, too.
-        threads = ThreadPoolExecutor(self.concurrency + 4)
+        # For nodes that use asyncio.to_thread: a call that has timed out keeps its thread, and
+        # without a free one not even the name of Redis can be looked up.
+        threads = ThreadPoolExecutor(self.concurrency + 1000)
         asyncio.get_running_loop().set_default_executor(threads)
         await self.executor.open()
         await self._beat()
@@ -1538,7 +1539,10 @@ class Worker:
         pipe.execute_command(*TAKE.on([*ends], room=self._room() - 1))
         self._taking = True
         try:
-            first, more = await pipe.execute()
+            replies = await pipe.execute(raise_on_error=False)
+            if refused := [reply for reply in replies if isinstance(reply, Exception)]:
+                raise refused[0]
+            first, more = replies
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise

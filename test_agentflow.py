@@ -355,13 +355,17 @@ class Threaded(Node):
     """Works in a thread, which ends when so many are at work at the same time."""
 
     fields: ClassVar[dict[str, Field]] = {"gate": Field("text"), "together": Field("count")}
+    fields |= {"last words": Field("text")}
 
     async def exec(self, prepared: Any) -> None:
+        if "last words" in self.data:
+            print("begun")
+            atexit.register(print, self.data["last words"])
         await asyncio.to_thread(self.meet, Path(self.data["gate"]), self.data["together"])
 
     def meet(self, gate: Path, count: int) -> None:
         (gate / f"{self.id}.begun").touch()
-        while len([*gate.glob("*.begun")]) < count:
+        while len([*gate.glob("*.begun")]) < count and not (gate / f"{self.id}.go").exists():
             time.sleep(0.01)
 
 
@@ -2973,6 +2977,20 @@ async def test_each_job_of_a_worker_may_have_a_thread(space: Space, gate: Gate) 
     assert (await end_of(run)).status == COMPLETED
 
 
+async def test_threads_of_calls_that_have_timed_out_leave_some_for_others(
+    space: Space, gate: Gate
+) -> None:
+    hangs = {"type": "threaded", "together": 100, "config": {"timeout": 0.05}} | gate.data
+    ends = {"type": "threaded", "together": 1, "config": {"timeout": 5}} | gate.data
+    chain = flow("a -error-> b; b -error-> c; c -error-> d", a=hangs, b=hangs, c=hangs, d=ends)
+    space.worker(concurrency=1)
+
+    end = await end_of(await chain.run({}, space.executor))
+    gate.open("a", "b", "c")
+
+    assert end.done == activations("a:error b:error c:error d")
+
+
 async def test_sigterm_lets_a_worker_finish_what_it_runs_and_take_no_more(
     space: Space, gate: Gate
 ) -> None:
@@ -3388,6 +3406,24 @@ async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
     await worker.executor.link.close()
     space.worker()
     await committed_once(space, run, chain)
+
+
+async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(tmp_path: Path) -> None:
+    server = Server(tmp_path / "redis")
+    server.start()
+    space = Space(server, tmp_path)
+    worker = space.worker()
+    await wait_until(lambda: space.redis.zcard(space.key("workers")))
+
+    server.client.config_set("min-replicas-to-write", 1)
+    stats = ("commandstats", "cmdstat_blmove", "rejected_calls")
+    await wait_until(lambda: server.client.info(stats[0]).get(stats[1], {}).get(stats[2]))
+    server.client.config_set("min-replicas-to-write", 0)
+
+    run = await flow("a").run({}, space.executor)
+    assert (await end_of(run)).status == COMPLETED and not space.inside[worker].done()
+    await space.close()
+    server.kill()
 
 
 async def test_an_outage_in_the_middle_of_a_reap_reaps_nobody(space: Space) -> None:
@@ -4715,6 +4751,27 @@ async def test_a_job_that_is_lost_after_all_is_said_to_be_nowhere(space: Space) 
     assert (await end_of(run)).status == COMPLETED
 
 
+async def test_what_fails_while_one_looks_is_not_nowhere(space: Space, gate: Gate) -> None:
+    both = flow("a; b", a=gate.data | gate.broken, b=gate.broken)
+    run = await both.run({}, space.executor)
+    space.worker()
+    await wait_until(lambda: is_status(run, FAILED))
+    client = RedisExecutor(space.url, space.namespace)
+    mine, send = await client.find(run.id), client.send
+
+    async def then_a_fails(reply: Any) -> Any:
+        found = await reply
+        gate.open("a")
+        await wait_until(lambda: at_rest(run))
+        return found
+
+    client.send = lambda *c: then_a_fails(send(*c)) if c[0] == "HGETALL" else send(*c)
+    said = [line async for line in explain(mine, both, {}, "")]
+
+    assert len(said) == 3 and "NOWHERE" not in "".join(said)
+    await client.link.close()
+
+
 # The client.
 
 
@@ -4947,17 +5004,19 @@ async def test_a_worker_says_when_there_is_no_key_and_when_there_is_no_redis(she
     assert lost.code == 2 and "127.0.0.1:1" in lost.err
 
 
-async def test_a_worker_that_stops_does_not_wait_for_a_nodes_thread(
+async def test_a_worker_that_stops_waits_for_no_nodes_thread_and_loses_no_last_words(
     shell: Shell, gate: Gate
 ) -> None:
-    endless = one("threaded", together=100, **gate.data)
-    worker = shell.start("worker", "--import", "test_agentflow", "--grace", "0")
+    endless = one("threaded", together=100, **gate.data, **{"last words": "farewell"})
+    command = ["worker", "--import", "test_agentflow", "--grace", "0"]
+    worker = shell.start(*command, PYTHONUNBUFFERED="")
     run = await endless.run({}, shell.space.executor)
     await wait_until(lambda: (gate.folder / "a.begun").exists())
 
     worker.process.send_signal(signal.SIGTERM)
 
     assert (await worker.end()).code == 0
+    assert worker.out.split() == ["begun", "farewell"]
     await run.cancel()
 
 

@@ -1,12 +1,10 @@
-"""Take jobs and run them, until SIGTERM or Ctrl-C; a second signal exits at once.
-
-The log has ids and times, but no prompts and no answers.
-"""
+"""Take jobs and run them, until SIGTERM or Ctrl-C; a second signal exits at once."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import logging
 import os
 import signal
@@ -58,7 +56,9 @@ async def work(args: argparse.Namespace) -> None:
         log.warning("Redis forgets all when restarted; type: redis-cli config set appendonly yes")
     await executor.link.close()
     await worker.run()
-    os._exit(0)  # else a thread that a node has left running would hold us up
+    atexit._run_exitfuncs()  # all that an ordinary exit does, but to wait for threads of nodes
+    print(end="", flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,10 @@ async def explain(run: RedisRun, flow: Flow, last: dict[Any, Event], at: str) ->
     while version != run.version:  # it moved meanwhile
         version, jobs = run.version, run.active()
         tokens = run.state.tokens if run.phase in (RUNNING, FAILED) else {}
-        # Parked first: what is queued meanwhile is found in the queue.
+        # Before and after the queue: what goes from one to the other meanwhile is not NOWHERE.
         parked = as_dict(await run.executor.send("HGETALL", run.keys[PARKED]))
         found = await look(run.executor, [*jobs.values()])
+        parked |= as_dict(await run.executor.send("HGETALL", run.keys[PARKED]))
         await run.read()
     where = dict.fromkeys(tokens, "waits, too")
     for node, job in jobs.items() if tokens else ():
