@@ -171,8 +171,8 @@ Record = Callable[..., None]  # records an event: its name, and what belongs to 
 
 @dataclass
 class Child:
-    """A run to start for a node. What it gives is its `final_output` (or whole context), or an
-    object of the keys in `gives`."""
+    """A run to start for a node. It gives its `final_output`, or without one its whole context;
+    if `gives` names keys, an object of these."""
 
     flow: str
     inputs: dict[str, Any]
@@ -598,7 +598,7 @@ class Registry:
         cls.types[name] = node_type
 
     def __init__(self, graphs: Mapping[str, Any], folder: str = "") -> None:
-        self.graphs, self.folder = graphs, folder
+        self.graphs, self.folder = graphs, folder  # which findings name
         self._flows: dict[str, Flow] = {}
 
     def __getitem__(self, id: str) -> Flow:
@@ -897,8 +897,8 @@ end
 local function park(jobs)
   for _, job in ipairs(jobs) do call('HSET', parked, job .. ' is parked', 1) end
 end
--- What a job waits for is written once, and before any child that will give it is there: whoever
--- cancels the run must find the children.
+-- What a job waits for is written once, and before its first child is made: whoever cancels the run
+-- looks there for the children.
 local function expect(parked, job)
   local question = a.question or ''
   if call('HSETNX', parked, job, question) == 1 then
@@ -994,7 +994,7 @@ return jobs
 """)
 
 # READ gives a run as it is at one instant: fields, context, what one job was told, and that job's
-# place in the worker's list: nothing if it was taken away before BLMOVE's reply, which may be slow.
+# place in the worker's list: none if a reaper has taken it before BLMOVE's reply came.
 #   KEYS  .. mine
 #   a     job
 READ = Script("""
@@ -1018,7 +1018,7 @@ COMMIT = Script("""
 if call('HGET', run, 'version') ~= a.seen then
   return {call('HGETALL', run), call('HGETALL', context)}
 end
-call('EXPIRE', run, 30 * 86400)  -- allowed when Redis is full, and so is then what follows
+call('EXPIRE', run, 30 * 86400)  -- a full Redis allows this, and then the rest
 for kind, count in pairs(call('EXISTS', root) == 1 and a.usage or {}) do
   call('HINCRBY', root, 'usage ' .. kind, count)
 end
@@ -1040,8 +1040,8 @@ end
 """)
 
 # END ends a run: without a job as cancelled, for good; with one as failed, until a resume. A run is
-# failed only by a worker that has the job in custody, and while the job's token is there: one taken
-# for dead must not fail a job that another now runs, and nobody one that is done (I1). A resume
+# failed only by a worker that has the job in custody, and while the job's token is there: neither
+# may a worker that was taken for dead fail what another now runs, nor what is done (I1). A resume
 # counts the job's crashes anew, and asks its question again: the answer may be what it failed of.
 #   KEYS  .. parents_parked
 #   a     job version status error event parent index told
@@ -1423,7 +1423,9 @@ class RedisRun(Run):
             jobs = [*self.active().values()]
             a: dict[str, Any] = {"seen": self.fields["state"], "jobs": jobs}
             a |= {"state": encode(self.state._replace(steps=0)._asdict())}
-            for child in await self.children():  # meanwhile somebody else may read this run anew
+            for child in (
+                await self.children()
+            ):  # but `a` is of one moment, whoever reads this run meanwhile
                 if child.origin.parent in jobs and child.phase == FAILED:
                     with suppress(RunError):  # somebody else has resumed it
                         await child.resume()
