@@ -841,8 +841,8 @@ class MemoryRun(Run):
 #   ready --BLMOVE, TAKE--> processing:<worker> --READ--> prep, exec, post --COMMIT--> gone
 #     '<------RELEASE------------'
 #
-# COMMIT puts the successors into ready or, one for each job that it ends, into its worker's own
-# list: these it keeps, and they need no READ.
+# COMMIT puts the successors into ready or, as many as its worker has room for, into that worker's
+# own list: these it keeps, and they need no READ.
 #
 # Fields of run:<id>:parked, for each job that has to wait: "<job>": its question, or ''; "<job>
 # count": its children, or 1; "<job> missing": those not started; "<job> left": results to come, 0
@@ -1530,9 +1530,10 @@ class Worker:
     # or given back. This worker forgets it before Redis ends its custody, for it may come back at
     # once; only a committed job cannot, and is forgotten after.
 
-    def _room(self) -> int:
-        """For how many more jobs there is room."""
-        return 0 if self.stopping or self._suspect else max(0, self.concurrency - len(self.held))
+    def _room(self, ended: int = 0) -> int:
+        """For how many more jobs there is room, when so many of those held have ended."""
+        free = self.concurrency - len(self.held) + ended
+        return 0 if self.stopping or self._suspect else max(0, free)
 
     async def _take(self) -> None:
         """Take as many jobs as there is room for; return after a second without one."""
@@ -1554,12 +1555,13 @@ class Worker:
         finally:
             self._taking = False
         for job in [first, *more] if first else more:
-            if self.stopping:
-                await self._give_back(job)
-            elif job not in self.held:  # else it was taken from us, and has come back
+            if job not in self.held:  # else it was taken from us, and has come back
                 self._begin(job)
 
     def _begin(self, job: str, claimed: Claimed | None = None) -> None:
+        if not self._room():  # it was there when this job was asked for
+            self._give_back(job)
+            return
         task = asyncio.create_task(self._work(job, claimed))
         self.held[job] = Held(task)
         self._tasks.add(task)  # else the event loop forgets it
@@ -1656,9 +1658,7 @@ class Worker:
                 await asyncio.sleep(0)  # so that what ends at the same time shares the commit
             while decision := self._decide(job, run, flow):
                 ended, state, ready, a = decision
-                # One job stays for each that has ended: so the worker holds no more than before.
-                stays = run.phase == RUNNING and not self.stopping and not self._suspect
-                keep = ready[: len(ended)] if stays else []
+                keep = ready[: self._room(len(ended))] if run.phase == RUNNING else []
                 # Refused: the run has moved; or this was sent twice, and _audit finds what it kept.
                 if found := await run.change(COMMIT, keep=keep, queue=ready[len(keep) :], **a):
                     run.update(*found)
