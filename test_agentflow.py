@@ -2945,9 +2945,9 @@ async def test_a_job_that_killed_five_workers_fails_at_once_and_before_its_flow_
 
 
 async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(
-    space: Space,
+    space: Space, gate: Gate
 ) -> None:
-    run = await flow("a").run({}, space.executor)
+    run = await flow("a", a=gate.data).run({}, space.executor)
     [job] = space.lists()
     space.redis.hset(run.keys[0], f"crashes {job}", 2)
     worker = Worker(space.url, space.namespace)
@@ -2958,7 +2958,8 @@ async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alo
     worker._forget(job)
     await wait_until(lambda: not worker._tasks)
 
-    assert worker._suspect == ""  # else it would run nothing else any more
+    assert worker._suspect == "" and not gate.begun("a")  # else it would run nothing else any more
+    gate.open("a")
     await worker.executor.link.close()
     space.redis.lmove(worker.processing, space.key("ready"))
     space.worker()
