@@ -1181,6 +1181,7 @@ class Link:
         )
         pool: Any = self.client.connection_pool
         self._connection = pool.make_connection()
+        self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange
         self.settled_at = time.monotonic()  # after an outage: when all others are back, too
         self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
@@ -1232,22 +1233,30 @@ class Link:
                 delay, self.settled_at = 0.0, time.monotonic() + 10  # others may yet wait so long
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
-        """The replies, a refused command's error among them. TimeoutError if the next one does not
-        come within `patience` seconds, and one more for each MB sent. Packed and sent in one go,
-        which costs a worker a sixth less than a pipeline of redis-py."""
+        """The replies, a refused command's error among them. TimeoutError if none comes for about
+        `patience` seconds, and one more for each MB sent. Packed and sent in one go, which costs a
+        worker a sixth less than a pipeline of redis-py."""
         loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
         packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
-        self._connection.socket_timeout = patience + len(packed) / 1_000_000
-        replies = list[Any]()
-        await self._connection.send_packed_command(packed)
-        while len(replies) < len(loads) + len(commands):
-            try:  # any other error closes the connection: what still comes is nobody's reply
-                replies.append(await self._connection.read_response())
-            except exceptions.ResponseError as refusal:
-                if DEMOTED.search(f"{refusal.status_code} {refusal}"):
-                    await self._connection.disconnect(nowait=True)
-                    raise  # for a new connection may lead to the new master
-                replies.append(refusal)
+        patience += len(packed) / 1_000_000
+        replies, clock = list[Any](), asyncio.get_running_loop().time
+        latest = clock()
+        try:
+            async with asyncio.timeout(patience) as limit:
+                await self._connection.send_packed_command(packed)
+                while len(replies) < len(loads) + len(commands):
+                    try:
+                        replies.append(await self._connection.read_response())
+                    except exceptions.ResponseError as refusal:
+                        if DEMOTED.search(f"{refusal.status_code} {refusal}"):
+                            raise  # for a new connection may lead to the new master
+                        replies.append(refusal)
+                    if clock() > latest + 1:  # a new timer for each reply would cost more
+                        latest = clock()
+                        limit.reschedule(latest + patience)
+        except BaseException:
+            await self._connection.disconnect(nowait=True)  # what still comes is nobody's reply
+            raise
         if refused := [r for r in replies[: len(loads)] if isinstance(r, Exception)]:
             raise refused[0]
         self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
