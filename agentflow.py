@@ -1518,9 +1518,8 @@ class Worker:
                 await asyncio.sleep(0.02)
         finally:
             self.stopping = True
-            await asyncio.wait(
-                [asyncio.create_task(self._leave(tick))], timeout=5
-            )  # if Redis is there
+            leave = asyncio.create_task(self._leave(tick))
+            await asyncio.wait([leave], timeout=5)  # or Redis is away
             await self.executor.link.close()
 
     def stop(self) -> None:
@@ -1631,7 +1630,7 @@ class Worker:
         """The node of a job; None, and its run fails, if it has crashed too often, in which case it
         is not even built, for that may be what kills its workers; or if it cannot be built."""
         name = job.split("/")[1]
-        text = f'node "{name}": {crashes} workers died or erred with it; see their logs'
+        text = f'node "{name}": {crashes} workers ended or erred with it; see their logs'
         try:
             node = (await self._flow(run.origin)).nodes[name] if crashes < CRASHES else None
             if node and (node.retries or not crashes):
@@ -1711,13 +1710,12 @@ class Worker:
 
     async def _park(self, job: str, run: RedisRun, node: Node, park: Park) -> None:
         """Start the children and free the slot, until they have ended or a person has answered."""
-        registry, depth = node.flow.registry, run.origin.depth + 1
-        origin = replace(run.origin, parent=job, depth=depth)
+        origin = replace(run.origin, parent=job, depth=run.origin.depth + 1)
         count, starts = len(park.children) or 1, list[asyncio.Future[Any]]()
         for i, child in enumerate(park.children):
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
             started = RedisRun(self.executor, child_id(job, i), theirs)
-            starts.append(started.start(registry[child.flow], child.values, count=count))
+            starts.append(started.start(node.flow.registry[child.flow], child.values, count=count))
             if i % 100 == 99:  # few at a time, for others want to be served, too
                 await starts[-1]
         await asyncio.gather(*starts)
@@ -1736,12 +1734,12 @@ class Worker:
 
     def _give_back(self, job: str, crashed: bool = False) -> asyncio.Future[Any]:
         """Put a job back, or drop it if nothing is left to do. It is charged with a crash also if
-        it must not begin again."""
+        it has begun and must not begin again."""
         crashed |= self._forget(job)
         return self.send(*RELEASE.on(self.executor.keys(job), job=job, crashed=crashed))
 
     def _forget(self, job: str) -> bool:
-        """Hold a job no longer; what works on it, unless that is who says so, ends. Gives whether
+        """Hold a job no longer; what works on it ends, unless that says so itself. Gives whether
         it has begun and must not begin again."""
         held = self.held.pop(job, None)
         if held and held.task is not asyncio.current_task():

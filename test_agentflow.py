@@ -365,7 +365,10 @@ class Threaded(Node):
 
     def meet(self, gate: Path, count: int) -> None:
         (gate / f"{self.id}.begun").touch()
-        while len([*gate.glob("*.begun")]) < count and not (gate / f"{self.id}.go").exists():
+        deadline = time.monotonic() + 60  # lest it outlives a test that has failed
+        while len([*gate.glob("*.begun")]) < count and time.monotonic() < deadline:
+            if (gate / f"{self.id}.go").exists():
+                return
             time.sleep(0.01)
 
 
@@ -2693,7 +2696,21 @@ async def test_a_node_without_retries_is_not_started_again_when_its_worker_dies(
     space.process()
     end = await end_of(run)
 
-    assert end.error == 'node "a": 1 workers died or erred with it; see their logs'
+    assert end.error == 'node "a": 1 workers ended or erred with it; see their logs'
+    assert len(gate.begun("a")) == 1
+
+
+async def test_nor_is_it_when_its_worker_stops_past_its_grace(space: Space, gate: Gate) -> None:
+    gated = flow("a -> b", a=gate.data | {"config": {"retries": 0}})
+    worker = space.process(grace=0.1)
+    run = await gated.run({}, space.executor)
+    await gate.reached("a")
+
+    await worker.stop()
+    space.process()
+    end = await end_of(run)
+
+    assert end.error == 'node "a": 1 workers ended or erred with it; see their logs'
     assert len(gate.begun("a")) == 1
 
 
@@ -2714,7 +2731,7 @@ async def test_nor_is_it_by_a_resume_of_a_run_that_had_failed_before(
     await run.resume()
     end = await end_of(run)
 
-    assert end.error == 'node "a": 1 workers died or erred with it; see their logs'
+    assert end.error == 'node "a": 1 workers ended or erred with it; see their logs'
     assert len(gate.begun("a")) == 1
     await run.resume()  # who does that again, has been told
     gate.open("a")
@@ -2735,7 +2752,7 @@ async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space)
 
     await wait_until(over, 60)
 
-    assert (await end_of(bad)).error == 'node "b": 5 workers died or erred with it; see their logs'
+    assert (await end_of(bad)).error == 'node "b": 5 workers ended or erred with it; see their logs'
     expected = (await in_memory(good)).meaning
     assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
 
@@ -2765,7 +2782,9 @@ async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space: Spa
     await wait_until(lambda: space.redis.hget(usage[0], "status") == FAILED)
 
     assert space.redis.hdel(*usage) and worker.held == {}
-    assert (await run.status()).error == 'node "a": 5 workers died or erred with it; see their logs'
+    assert (
+        await run.status()
+    ).error == 'node "a": 5 workers ended or erred with it; see their logs'
 
 
 async def test_a_job_that_no_worker_can_read_comes_once_a_second(space: Space) -> None:
@@ -2940,7 +2959,7 @@ async def test_a_job_that_killed_five_workers_fails_at_once_and_before_its_flow_
     space.worker()
     end = await end_of(run)
 
-    assert "5 workers died or erred with it" in end.error and Numbered.made == made
+    assert "5 workers ended or erred with it" in end.error and Numbered.made == made
     gate.open("b")
     assert (await end_of(beside)).status == COMPLETED
 

@@ -57,7 +57,7 @@ async def work(args: argparse.Namespace) -> None:
     await executor.link.close()
     await worker.run()
     atexit._run_exitfuncs()  # all that an ordinary exit does, but to wait for threads of nodes
-    print(end="", flush=True)
+    print(end="", flush=True)  # what nodes have printed
     os._exit(0)
 
 

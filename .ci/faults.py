@@ -563,7 +563,7 @@ async def f4(cuts: int, seed: int = 0) -> Counter[str]:
 async def f5(runs: int, seed: int = 0) -> Counter[str]:
     """Nodes that exit, hang, block and give no JSON, beside this many good runs."""
     ends: dict[str, tuple[str, dict[str, Any]]] = {
-        "exits": ("5 workers died or erred with it; see their logs", {"retries": 5}),
+        "exits": ("5 workers ended or erred with it; see their logs", {"retries": 5}),
         "hangs": ("no result within 0.3 seconds", {"retries": 1, "timeout": 0.3}),
         "no JSON": ("ValueError: the value of 'a' is not JSON", {}),
         "blocks": ("", {}),
