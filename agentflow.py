@@ -1202,7 +1202,7 @@ class Link:
         return reply
 
     async def _flush(self) -> None:
-        delay = 0.0
+        delay = 0.0  # before the next try; 0 as long as there is no outage
         while self._queue:
             batch = [each for each in self._queue if not each[1].cancelled()]
             self._queue = []
@@ -1699,7 +1699,7 @@ class Worker:
             done.append(run.event("done", **outcome.event))
             usage.update(outcome.usage)
             changes |= outcome.changes
-        if job not in ended or run.phase == FAILED and not state.tokens:
+        if job not in ended or (run.phase == FAILED and not state.tokens):
             return None  # its token is gone; or the run failed of it, and a resume goes on there
         a: dict[str, Any] = {"seen": run.version, "version": version, "jobs": [*ended]}
         a |= {"state": encode(state._asdict()), "usage": usage, "done": done, "values": changes}
