@@ -979,13 +979,13 @@ end
 expire(30)
 """)
 
-# TAKE moves up to so many jobs at once, as BLMOVE moves the first (I2).
+# TAKE fills a worker's list up to so many jobs, at once, each as BLMOVE moves one (I2).
 #   KEYS  ready, mine
-#   a     room
-#   gives the jobs
+#   a     size
+#   gives the jobs that it has moved
 TAKE = Script("""
 local jobs = {}
-for i = 1, a.room do
+for i = 1, a.size - call('LLEN', KEYS[2]) do
   local job = call('LMOVE', KEYS[1], KEYS[2], 'RIGHT', 'LEFT')
   if not job then break end
   jobs[i] = job
@@ -1170,11 +1170,11 @@ def transient(error: BaseException) -> bool:
 class Link:
     """Commands that are given in one pass of the event loop travel together, on a connection of
     their own. After an outage, which is logged once, they are sent again; so each must do no harm
-    twice. (BLMOVE and TAKE, which must not be, go by `client`, on another connection.)"""
+    twice. (BLMOVE, which waits, goes by `client`, on another connection.)"""
 
     def __init__(self, url: str) -> None:
-        # This never sends a command again by itself: a BLMOVE whose reply was lost has moved a job,
-        # and the next one would move another.
+        # This sends no command again by itself: a BLMOVE whose reply was lost has moved a job, and
+        # another would move one more.
         never = Retry(NoBackoff(), 0)
         self.client = redis.asyncio.Redis.from_url(
             url, decode_responses=True, retry=never, socket_timeout=3, socket_connect_timeout=3
@@ -1544,16 +1544,16 @@ class Worker:
         return 0 if self.stopping or self._suspect else max(0, free)
 
     async def _take(self) -> None:
-        """Take as many jobs as there is room for; return after a second without one."""
+        """Take as many jobs as there is room for; if there are none, wait a second for one."""
         ends, client = (self.key("ready"), self.processing), self.executor.link.client
-        pipe: Any = client.pipeline(transaction=False).blmove(*ends, 1, "RIGHT", "LEFT")
-        pipe.execute_command(*TAKE.on([*ends], room=self._room() - 1))
         self._taking = True
         try:
-            replies = await pipe.execute(raise_on_error=False)
-            if refused := [reply for reply in replies if isinstance(reply, Exception)]:
-                raise refused[0]
-            first, more = replies
+            take = self.send(*TAKE.on([*ends], size=self.concurrency))
+            while not take.done() and not self.stopping:
+                await asyncio.wait([take], timeout=1)
+            jobs = take.result() if take.done() else []  # _leave finds what it may yet move
+            if not jobs and self._room():
+                jobs = filter(None, [await client.blmove(*ends, 1, "RIGHT", "LEFT")])
         except Exception as error:  # what was moved without our hearing of it, the audit finds
             if not transient(error):
                 raise
@@ -1562,7 +1562,7 @@ class Worker:
             return await asyncio.sleep(0.2)
         finally:
             self._taking = False
-        for job in [first, *more] if first else more:
+        for job in jobs:
             if job not in self.held:  # else it was taken from us, and has come back
                 self._begin(job)
 

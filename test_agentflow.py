@@ -3332,6 +3332,16 @@ async def test_a_job_whose_delivery_was_lost_is_found_by_its_workers_audit(
         await opened(gate, run, gated)
 
 
+async def test_a_take_that_is_sent_again_as_its_reply_was_lost_takes_no_more(space: Space) -> None:
+    ends = (space.key("ready"), space.key("processing", "host-1-abcdef"))
+    space.redis.rpush(ends[0], "e", "d", "c", "b", "a")
+    send, take = space.executor.send, agentflow.TAKE.on([*ends], size=3)
+
+    assert await asyncio.gather(send(*take), send(*take)) == [["a", "b", "c"], []]
+    assert space.redis.lrange(ends[0], 0, -1) == ["e", "d"]
+    space.redis.delete(*ends)
+
+
 async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(space: Space) -> None:
     dead, forgotten = "host-1-abcdef", "host-2-abcdef"
     day_ago = time.time() - 24 * 3600
@@ -3429,16 +3439,17 @@ async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
     await committed_once(space, run, chain)
 
 
-async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(tmp_path: Path) -> None:
+async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(
+    tmp_path: Path, caplog: Any
+) -> None:
     server = Server(tmp_path / "redis")
     server.start()
     space = Space(server, tmp_path)
-    worker = space.worker()
+    worker = space.worker(beat=3)  # so that it is a take that is refused first
     await wait_until(lambda: space.redis.zcard(space.key("workers")))
 
     server.client.config_set("min-replicas-to-write", 1)
-    stats = ("commandstats", "cmdstat_blmove", "rejected_calls")
-    await wait_until(lambda: server.client.info(stats[0]).get(stats[1], {}).get(stats[2]))
+    await wait_until(lambda: "redis does not answer" in caplog.text)
     server.client.config_set("min-replicas-to-write", 0)
 
     run = await flow("a").run({}, space.executor)
@@ -3725,7 +3736,7 @@ async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
     link = agentflow.Link(space.url.replace("//", "//few:secret@"))
 
     with pytest.raises(exceptions.NoPermissionError):
-        await asyncio.wait_for(link.send(*agentflow.TAKE.on(["a", "b"], room=1)), 5)
+        await asyncio.wait_for(link.send(*agentflow.TAKE.on(["a", "b"], size=1)), 5)
 
     await link.close()
     space.redis.acl_deluser("few")
