@@ -1432,9 +1432,7 @@ class RedisRun(Run):
             jobs = [*self.active().values()]
             a: dict[str, Any] = {"seen": self.fields["state"], "jobs": jobs}
             a |= {"state": encode(self.state._replace(steps=0)._asdict())}
-            for child in (
-                await self.children()
-            ):  # but `a` is of one moment, whoever reads this run meanwhile
+            for child in await self.children():  # if it moves meanwhile, RESUME refuses `a`
                 if child.origin.parent in jobs and child.phase == FAILED:
                     with suppress(RunError):  # somebody else has resumed it
                         await child.resume()
