@@ -3362,10 +3362,12 @@ async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(spac
 async def test_a_job_that_was_taken_away_before_its_worker_heard_of_it_does_not_begin(
     space: Space, gate: Gate
 ) -> None:
-    run = await flow("a", a=gate.data | {"config": {"retries": 0}}).run({}, space.executor)
+    gated = flow("a", a=gate.data | {"config": {"retries": 0}})
 
     async with Swallower(space.server, asyncio.Event()) as way:
-        slow = space.worker(space.url.replace(str(space.server.port), str(way.port)))
+        slow = space.worker(space.url.replace(str(space.server.port), str(way.port)), beat=0.2)
+        await wait_until(lambda: space.redis.info("clients")["blocked_clients"])  # by its BLMOVE
+        run = await gated.run({}, space.executor)
         await wait_until(lambda: slow.counts["audited"])
         other = space.worker()
         await gate.reached("a")
