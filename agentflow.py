@@ -103,7 +103,7 @@ class TryLater(Exception):
 
     def __init__(self, text: str, after: float | None = None) -> None:
         super().__init__(text)
-        self.after = max(0.0, after or 0.0)  # 0, also for a moment that is past: as usual
+        self.after = max(0.0, float(after or 0))  # 0, also for a moment that is past: as usual
 
 
 # ── 1. Context ───────────────────────────────────────────────────────────────────────────────
@@ -314,8 +314,8 @@ async def _steps(node: Node, ctx: Context, record: Record) -> str | Park:
             return _admit(node, ctx, prepared)
         result = await _attempts(node, ctx, prepared, record)
         action = await node.post(ctx, prepared, result) or DEFAULT
-    except SystemExit as error:  # which a task would pass on to the event loop
-        raise Permanent(f"it calls sys.exit({error})") from None
+    except (SystemExit, GeneratorExit) as error:  # which would end more than the node
+        raise Permanent(f"it raises {error!r}") from None
     if action not in (DEFAULT, *node.actions):
         raise ValueError(f"its action {action!r:.80} is on none of its edges")
     if odd := [each for each in ctx.usage.items() if not is_usage(*each)]:
@@ -325,6 +325,7 @@ async def _steps(node: Node, ctx: Context, record: Record) -> str | Park:
 
 def _admit(node: Node, ctx: Context, park: Park) -> Park:
     """What a prep wants to wait for, with the contexts of its children; Permanent if it may not."""
+    park = replace(park, children=[*park.children], question=as_unicode(park.question))
     if bool(park.children) == bool(park.question):
         raise Permanent("it parks for either children or a question that is not empty")
     if ctx.results is not None:
@@ -334,8 +335,9 @@ def _admit(node: Node, ctx: Context, park: Park) -> Park:
     for child in park.children:
         if child.flow not in node.runs():
             raise Permanent(f'it starts "{child.flow}", which its runs() does not name')
+        child.gives = None if child.gives is None else [*map(str, child.gives)]
         child.values = node.flow.registry[child.flow].new_context(child.inputs)
-    return replace(park, question=as_unicode(park.question))
+    return park
 
 
 async def _attempts(node: Node, ctx: Context, prepared: Any, record: Record) -> Any:
@@ -399,6 +401,8 @@ class Flow:
         self.id, self.graph, self.registry = id, graph, registry
         self.inputs: dict[str, Any] = graph.get("inputs", {})
         self.targets = {str(spec["id"]): dict[str, list[str]]() for spec in graph["nodes"]}
+        if not self.targets or not all(map(SAFE_ID.fullmatch, self.targets)):
+            raise GraphError(f'flow "{id}" needs nodes, with ids of letters, digits and ._- only')
         for edge in graph.get("edges", []):
             by_action = self.targets[str(edge["source"])]
             by_action.setdefault(edge.get("action", DEFAULT), []).append(str(edge["target"]))
@@ -605,7 +609,11 @@ class Registry:
         if id not in self._flows:
             if findings := [text for check in self.checks for text in check(self, id)]:
                 raise GraphError("\n".join(findings))
-            self._flows[id] = Flow(id, self.graphs[id], self)
+            try:
+                graph = json.loads(encode(self.graphs[id]))  # a copy, such as a worker gets
+            except (TypeError, ValueError, RecursionError) as error:
+                raise GraphError(f'flow "{id}" is not JSON: {error}') from None
+            self._flows[id] = Flow(id, graph, self)
         return self._flows[id]
 
 
@@ -718,7 +726,7 @@ class MemoryRun(Run):
         self.phase, self.error, self.over = RUNNING, "", asyncio.Event()
         self.depth: int = parent.depth + 1 if parent else 0
         self.root: MemoryRun = parent.root if parent else self  # which has what its children share:
-        self.usage, self.history, self.news = Counter[str](), list[Event](), asyncio.Event()
+        self.usage, self.history, self.news = Counter[str](), list[str](), asyncio.Event()
         self.questions: dict[str, asyncio.Future[Any]] = {}  # by run/node
         self.state, ready = flow.first(new_id())
         self._record("started")
@@ -730,12 +738,12 @@ class MemoryRun(Run):
         while (follow and self.phase == RUNNING) or seen < len(self.history):
             if seen == len(self.history):
                 await self.news.wait()
-            yield self.history[seen]
+            yield json.loads(self.history[seen])
             seen += 1
 
     async def status(self) -> Status:
         """Where the run stands now."""
-        more = {"error": self.error, "usage": dict(self.usage), "tokens": self.state.tokens}
+        more = {"error": self.error, "usage": dict(self.usage), "tokens": {**self.state.tokens}}
         return Status.of(self, self.flow.id, self.phase, self.values, **more)
 
     async def answer(self, node: str, value: Any, child: str = "") -> None:
@@ -813,7 +821,8 @@ class MemoryRun(Run):
             self.over.set()
 
     def _record(self, event: str, **more: Any) -> None:
-        self.root.history.append(event_of(event, self.id, self.flow.id, at=time.time(), **more))
+        found = event_of(event, self.id, self.flow.id, at=time.time(), **more)
+        self.root.history.append(encode(found))
         self.root.news.set()  # wakes who waits now,
         self.root.news.clear()  # and nobody later
 

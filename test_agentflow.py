@@ -277,6 +277,8 @@ class Breaking(Node):
         how, cancel = self.data["how"], asyncio.current_task().cancel
         if how == "panic":
             raise Panic
+        if how == "close":
+            raise GeneratorExit
         if how == "exit":
             sys.exit("no such option")
         if how == "fail":
@@ -305,6 +307,15 @@ class Parking(Idle):
 
     def runs(self) -> dict[str, bool]:
         return {self.data["child"]: True}
+
+
+class Loose(Parking):
+    """Parks for a child that is no list's, and names what it gives in no list either."""
+
+    async def prep(self, ctx: Context) -> Any:
+        gives: Any = {"one": "x"}.values()
+        children: Any = (Child(self.data["child"], {}, gives) for _ in "1")
+        return Park(children) if ctx.results is None else ctx.results
 
 
 class Spender(Node):
@@ -386,7 +397,7 @@ TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison
 TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
 TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender, "deaf": Deaf}
 TYPES |= {"numbered": Numbered, "breaking": Breaking, "threaded": Threaded}
-TYPES |= {"parking": Parking, "fickle": Fickle}
+TYPES |= {"parking": Parking, "loose": Loose, "fickle": Fickle}
 for name, node_type in TYPES.items():
     Registry.add(name, node_type)
 
@@ -1772,6 +1783,26 @@ async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor: Any) ->
     assert end.context.keys() == {"one", "two"}
 
 
+async def test_a_flow_may_run_itself_if_a_node_chooses_between_that_and_nothing(
+    executor: Any,
+) -> None:
+    more = {"type": "switch", "inputs": {"value": "left/0"}, "otherwise": "default"}
+    again = SUB | {"workflowId": "flow", "inputs": {"left": "left/1"}}
+    recursive = flow("more -yes-> again", {"left": ["yes", ["no"]]}, more=more, again=again)
+
+    end = await same(executor, recursive)
+
+    assert end.done == ["flow.again#1:default", "flow.more#1:default", "flow.more#1:yes"]
+
+
+async def test_children_may_come_from_a_generator_and_name_their_keys_in_any_order(
+    executor: Any,
+) -> None:
+    end = await same(executor, family("a", a={"type": "loose", "child": "child"}))
+
+    assert [each.keys() for each in end.context["a"]] == [{"x"}]
+
+
 async def test_a_childs_failure_is_its_parents_and_names_both_nodes(
     executor: Any, gate: Gate
 ) -> None:
@@ -1894,6 +1925,18 @@ async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Gate) -
 
 
 @own_executors
+async def test_what_a_run_tells_of_itself_is_a_copy(executor: Any, gate: Gate) -> None:
+    gated = flow("a -> b", a=gate.data)
+    run = await gated.run({}, executor)
+    await gate.reached("a")
+
+    (await run.status()).tokens.clear()
+    async for event in run.events(follow=False):
+        event.clear()
+
+    await opened(gate, run, gated)
+
+
 async def test_an_answer_that_is_not_json_leaves_the_question(executor: Any) -> None:
     run = await flow(APPROVAL, w=WAIT).run({}, executor)
     await question_of(run)
@@ -1985,7 +2028,10 @@ async def test_a_node_that_cancels_itself_has_failed(executor: Any, step: str) -
     assert (end.status, end.error) == (FAILED, 'node "a": it has cancelled itself')
 
 
-@pytest.mark.parametrize("how", ["panic", "time-out", "fail", "ask", "exit", "exit at once"])
+ENDS = ["panic", "time-out", "fail", "ask", "close", "exit", "exit at once"]
+
+
+@pytest.mark.parametrize("how", ENDS)
 async def test_a_node_that_ends_its_task_has_failed_like_any_other(executor: Any, how: str) -> None:
     end = await same(executor, flow("a -error-> b", a={"type": "breaking", "how": how}))
 
@@ -1995,7 +2041,7 @@ async def test_a_node_that_ends_its_task_has_failed_like_any_other(executor: Any
 async def test_a_node_that_would_end_the_process_has_failed_and_says_so(executor: Any) -> None:
     end = await same(executor, one("breaking", how="exit"))
 
-    assert end.error == 'node "a": it calls sys.exit(no such option)'
+    assert end.error == "node \"a\": it raises SystemExit('no such option')"
 
 
 @own_executors
@@ -5626,6 +5672,25 @@ def test_a_context_gives_copies_and_keeps_what_was_written() -> None:
     for path in ("none", "list/1", "list/x", "deep/b", "deep/a/0/b/c"):
         with pytest.raises(KeyError):
             ctx[path]
+
+
+def test_a_graph_is_what_its_json_says_and_a_copy() -> None:
+    data: dict[str, Any] = {"tokens": {1: ("one",)}}
+    registry = Registry({"flow": {"nodes": [{"id": "a", "type": "spender", "data": data}]}})
+    node = registry["flow"].nodes["a"]
+    data.clear()
+    assert node.data == {"tokens": {"1": ["one"]}}
+
+    for odd in (float("nan"), 10**5000, {1, 2}):
+        data["tokens"] = odd
+        with pytest.raises(GraphError, match="JSON"):
+            Registry(registry.graphs)["flow"]
+
+
+def test_without_a_checker_too_a_flow_has_nodes_and_their_ids_can_be_parts_of_jobs() -> None:
+    for ids in ([], ["a", "b/c"], ["\ud800"]):
+        with pytest.raises(GraphError, match='flow "bad" needs nodes, with ids of'):
+            agentflow.Flow("bad", pures(*ids), Registry({}))
 
 
 def test_what_a_run_gives_does_not_depend_on_the_order_in_which_it_was_written() -> None:

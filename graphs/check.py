@@ -294,7 +294,7 @@ def unavoidable(flow: Flow) -> set[str]:
     """The flows that it runs as children whatever its nodes choose."""
     nodes = [*flow.starts]
     for node in nodes:
-        if len(flow.targets[node].keys() - {ERROR}) == 1:
+        if flow.targets[node].keys() - {ERROR} == {DEFAULT}:
             nodes += [target for target in flow.leads_to(node) if target not in nodes]
     runs = [run for node in nodes for run in flow.nodes[node].runs().items()]
     return {child for child, always in runs if always}
