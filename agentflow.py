@@ -1161,8 +1161,8 @@ SCRIPTS = [START, TAKE, READ, COMMIT, END, RELEASE, BEAT, RESUME, ANSWER]
 # node types, but no graph files.
 
 PASSING = re.compile(  # the codes of errors that pass; those from inside a script follow a dash
-    r"(^|-)(BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
-    r"|TRYAGAIN|UNBLOCKED)"
+    r"(^|-)(ASK|BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
+    r"|TRYAGAIN|UNBLOCKED)|max number of clients"
 )
 DEMOTED = re.compile(r"\b(MOVED|READONLY)\b")  # says who is not, or no longer, our keys' master
 
@@ -1173,7 +1173,8 @@ def transient(error: BaseException) -> bool:
         return PASSING.search(f"{error.status_code or ''} {error}".strip()) is not None
     if isinstance(error, exceptions.AuthenticationError):
         return False  # although redis-py calls a wrong password a connection error
-    return isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError, OSError))
+    passing = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.InvalidResponse)
+    return isinstance(error, (*passing, OSError))
 
 
 class Link:
@@ -1212,8 +1213,7 @@ class Link:
 
     async def _flush(self) -> None:
         delay = 0.0  # before the next try; 0 as long as there is no outage
-        while self._queue:
-            batch = [each for each in self._queue if not each[1].cancelled()]
+        while batch := [each for each in self._queue if not each[1].cancelled()]:
             self._queue = []
             wait = 0.1  # what Redis refuses for now, as it is full, must not hold up the rest
             try:  # with more patience in an outage: perhaps it is only a reply that takes long
@@ -1558,7 +1558,8 @@ class Worker:
             take = self.send(*TAKE.on([*ends], size=self.concurrency))
             while not take.done() and not self.stopping:
                 await asyncio.wait([take], timeout=1)
-            jobs = take.result() if take.done() else []  # _leave finds what it may yet move
+            take.cancel()  # unless it is done; what it moves all the same, _leave finds
+            jobs = [] if take.cancelled() else take.result()
             if not jobs and self._room():
                 jobs = filter(None, [await client.blmove(*ends, 1, "RIGHT", "LEFT")])
         except Exception as error:  # what was moved without our hearing of it, the audit finds
@@ -1628,7 +1629,7 @@ class Worker:
                 return None
             if not self._suspect or len(self.held) + self._taking <= 1:
                 break
-            await asyncio.sleep(0.05)  # until it is alone; what was read is then old
+            await asyncio.sleep(0.5)  # until it is alone; what was read is then old
         if not (node := await self._node(job, run, crashes)):
             return None
         return self._claimed(job, run, node, [json.loads(text) for text in texts])
@@ -1642,8 +1643,12 @@ class Worker:
             node = (await self._flow(run.origin)).nodes[name] if crashes < CRASHES else None
             if node and (node.retries or not crashes):
                 return node
-        except Exception as error:
-            text = as_unicode(f"worker {self.id} cannot build its flow: {error}")
+        except BaseException as error:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise  # it is no longer held
+            text = as_unicode(
+                f"worker {self.id} cannot build its flow: {str(error) or repr(error)}"
+            )
         await self._fail(job, run, text)
         return None
 
@@ -1766,10 +1771,7 @@ class Worker:
                 jobs = ", ".join(self.held)
                 log.warning("a node blocked the event loop for %.1f s, one of: %s", late, jobs)
             try:
-                await self._beat()
-                await self._audit()
-                await self._watch()
-                await self._reap()
+                await asyncio.gather(self._beat(), self._audit(), self._watch(), self._reap())
             except Exception as error:  # the next beat is to come all the same
                 log.error("Redis refused a command, perhaps for want of a permission: %s", error)
 
@@ -1811,13 +1813,13 @@ class Worker:
         alive, found = await asyncio.gather(*beats), await asyncio.gather(*lists)
         if time.monotonic() - self.executor.link.settled_at < self.lease:
             return  # after an outage all may beat again first
+        moves = list[asyncio.Future[Any]]()  # sent in one go, for `beside` is of them all
         for worker, lives, listed in zip(workers, alive, found, strict=True):
             if listed and not lives:
                 log.warning("worker %s is dead; giving back %d jobs", worker, len(listed))
-                moves = list[asyncio.Future[Any]]()  # sent in one go, for `beside` is of them all
                 for job in listed:
                     keys, beside = self.executor.keys(job, worker), len(listed) > 1
                     move = RELEASE.on(keys, job=job, dead=True, crashed=True, beside=beside)
                     moves.append(self.send(*move))
-                self.counts["reaped"] += sum(await asyncio.gather(*moves))
+        self.counts["reaped"] += sum(await asyncio.gather(*moves))
         await self.send("ZREMRANGEBYSCORE", crew, "-inf", now - 24 * 3600)

@@ -354,12 +354,12 @@ class Numbered(Node):
 class Fickle(Node):
     """Cannot always be made."""
 
-    broken = False
+    error: ClassVar[BaseException | None] = None
 
     def __init__(self, flow: agentflow.Flow, spec: Any) -> None:
         super().__init__(flow, spec)
-        if Fickle.broken:
-            raise ValueError("\ud800")
+        if Fickle.error:
+            raise Fickle.error
 
 
 class Threaded(Node):
@@ -3181,15 +3181,27 @@ async def test_a_worker_that_lacks_a_node_type_fails_the_run_which_can_be_resume
     await as_in_memory(run, rare)
 
 
-async def test_why_a_flow_cannot_be_built_may_be_no_unicode(space: Space) -> None:
+UNBUILT = {
+    "\\ud800": ValueError("\ud800"),
+    "Panic()": Panic(),
+    "no option": SystemExit("no option"),
+}
+UNBUILT["CancelledError()"] = asyncio.CancelledError()
+
+
+@pytest.mark.parametrize("text", UNBUILT)
+async def test_a_flow_that_cannot_be_built_fails_its_run_whatever_its_node_type_raises(
+    space: Space, text: str
+) -> None:
     run = await one("fickle").run({}, space.executor)
 
-    Fickle.broken = True
-    space.worker()
+    Fickle.error = UNBUILT[text]
+    worker = space.worker()
     end = await end_of(run)
-    Fickle.broken = False
+    Fickle.error = None
 
-    assert end.status == FAILED and end.error.endswith("cannot build its flow: \\ud800")
+    assert end.status == FAILED and end.error.endswith(f"cannot build its flow: {text}")
+    assert not worker.held
 
 
 async def test_a_worker_keeps_the_newest_100_graphs_that_it_has_seen(space: Space) -> None:
@@ -3551,6 +3563,41 @@ async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_on
     server.kill()
 
 
+async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog: Any) -> None:
+    link = agentflow.Link(NOWHERE)
+    lost = link.send("EXISTS", "a")
+    await wait_until(lambda: "redis does not answer" in caplog.text)
+
+    lost.cancel()
+    await wait_until(lambda: link._flushing.done())
+
+    assert "redis answers again" not in caplog.text
+    await link.close()
+
+
+async def test_a_take_that_is_under_way_when_its_worker_ends_moves_nothing(
+    tmp_path: Path, gate: Gate
+) -> None:
+    server = Server(tmp_path / "redis")
+    server.start()
+    space = Space(server, tmp_path)
+    worker, gated = space.worker(concurrency=1), flow("a", a=gate.data)
+    link = worker.executor.link
+    await gated.run({}, space.executor), await gated.run({}, space.executor)
+    await gate.reached("a")
+    server.client.config_set("maxmemory", 1)
+    gate.open("a")
+    await wait_until(lambda: [each for each in link._queue if agentflow.TAKE.digest in each[0]])
+
+    await space.stop(worker)
+    server.client.config_set("maxmemory", 0)
+    await wait_until(lambda: link._flushing.done())
+
+    assert space.redis.llen(space.key("ready")) == 1
+    await space.close()
+    server.kill()
+
+
 async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(
     tmp_path: Path,
 ) -> None:
@@ -3788,6 +3835,26 @@ async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
 
     await link.close()
     space.redis.acl_deluser("few")
+
+
+async def test_however_many_workers_are_dead_a_living_one_beats_in_time(space: Space) -> None:
+    for number in range(30):
+        await flow("a").run({}, space.executor)
+        dead = space.key("processing", f"host-{number}-abcdef")
+        space.redis.lmove(space.key("ready"), dead, "RIGHT", "LEFT")
+        space.redis.zadd(space.key("workers"), {f"host-{number}-abcdef": time.time()})
+    worker = Worker(space.url, space.namespace, beat=0.2)
+    worker.executor.link.settled_at -= 10
+    found = exchanges(worker.executor.link)
+
+    tick = asyncio.create_task(worker._tick())
+    await wait_until(lambda: worker.counts["reaped"] == 30)
+
+    assert len(found) <= 5
+    worker._leaving = True
+    await tick
+    await worker.executor.link.close()
+    space.worker()
 
 
 async def test_a_worker_does_not_reap_itself(space: Space) -> None:
@@ -5701,7 +5768,8 @@ PASSING = ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICA
 PASSING += ["OOM", "READONLY", "TRYAGAIN", "UNBLOCKED"]
 
 TRANSIENT = dict.fromkeys([f"{code} what Redis says" for code in PASSING], True)
-TRANSIENT["MOVED 7429 127.0.0.1:1"] = True
+TRANSIENT |= dict.fromkeys(["ASK 7429 127.0.0.1:1", "MOVED 7429 127.0.0.1:1"], True)
+TRANSIENT["ERR max number of clients + cluster connections reached"] = True
 
 TRANSIENT |= dict.fromkeys(
     [
@@ -5736,7 +5804,8 @@ async def test_a_result_is_waited_for_again_if_its_run_was_resumed_meanwhile() -
 
 
 def test_an_outage_may_pass_and_a_bug_may_not() -> None:
-    for error in (exceptions.ConnectionError(), exceptions.TimeoutError(), ConnectionResetError()):
+    passing = [exceptions.ConnectionError(), exceptions.TimeoutError(), ConnectionResetError()]
+    for error in (*passing, exceptions.InvalidResponse("HTTP/1.1 503")):
         assert agentflow.transient(error)
     for error in (ValueError(), KeyError(), exceptions.AuthenticationError("wrong password")):
         assert not agentflow.transient(error)
