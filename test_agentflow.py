@@ -1937,6 +1937,7 @@ async def test_what_a_run_tells_of_itself_is_a_copy(executor: Any, gate: Gate) -
     await opened(gate, run, gated)
 
 
+@own_executors
 async def test_an_answer_that_is_not_json_leaves_the_question(executor: Any) -> None:
     run = await flow(APPROVAL, w=WAIT).run({}, executor)
     await question_of(run)
