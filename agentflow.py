@@ -1629,7 +1629,8 @@ class Worker:
                 return None
             if not self._suspect or len(self.held) + self._taking <= 1:
                 break
-            await asyncio.sleep(0.5)  # until it is alone; what was read is then old
+            while len(self.held) + self._taking > 1:  # until it is alone; then what was read is old
+                await asyncio.sleep(0.05)
         if not (node := await self._node(job, run, crashes)):
             return None
         return self._claimed(job, run, node, [json.loads(text) for text in texts])
