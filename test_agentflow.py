@@ -2973,21 +2973,24 @@ async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(
     assert (await end_of(runs[0])).status == COMPLETED and not gate.begun("b")
 
 
-async def test_a_job_that_has_waited_to_be_alone_is_read_anew(space: Space) -> None:
+async def test_a_job_that_has_waited_to_be_alone_is_read_anew_and_not_before(space: Space) -> None:
     run = await flow("a", {"x": "old"}).run({}, space.executor)
     [job] = space.lists()
     space.redis.hset(run.keys[0], f"crashes {job}", 2)
     worker = Worker(space.url, space.namespace)
     space.redis.lmove(space.key("ready"), worker.processing)
     worker.held[job], worker._taking = agentflow.Held(asyncio.current_task()), True
+    found = exchanges(worker.executor.link)
     claim = asyncio.create_task(worker._claim(job))
     await wait_until(lambda: worker._suspect == job)
+    space.redis.set(space.key("none"), "for a while", px=400)
+    await wait_until(lambda: not space.redis.exists(space.key("none")))
 
     space.redis.hset(run.keys[1], "x", '"new"')  # as a resume may do it
     worker._taking = False
 
     _, _, ctx = await claim
-    assert ctx["x"] == "new"
+    assert ctx["x"] == "new" and len(found) == 3  # READ twice, and the graph
     await worker.executor.link.close()
     space.redis.lmove(worker.processing, space.key("ready"))
     space.worker()
