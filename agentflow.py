@@ -335,7 +335,7 @@ def _admit(node: Node, ctx: Context, park: Park) -> Park:
     for child in park.children:
         if child.flow not in node.runs():
             raise Permanent(f'it starts "{child.flow}", which its runs() does not name')
-        child.gives = None if child.gives is None else [*map(str, child.gives)]
+        child.gives = None if child.gives is None else [*map(str, child.gives)]  # for JSON
         child.values = node.flow.registry[child.flow].new_context(child.inputs)
     return park
 
@@ -1160,7 +1160,7 @@ SCRIPTS = [START, TAKE, READ, COMMIT, END, RELEASE, BEAT, RESUME, ANSWER]
 # What a client does, and what a worker shares with it. A run carries its graph, so a worker needs
 # node types, but no graph files.
 
-PASSING = re.compile(  # the codes of errors that pass; those from inside a script follow a dash
+PASSING = re.compile(  # errors that pass, by their codes, which follow a dash if from a script
     r"(^|-)(ASK|BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
     r"|TRYAGAIN|UNBLOCKED)|max number of clients"
 )
@@ -1173,8 +1173,8 @@ def transient(error: BaseException) -> bool:
         return PASSING.search(f"{error.status_code or ''} {error}".strip()) is not None
     if isinstance(error, exceptions.AuthenticationError):
         return False  # although redis-py calls a wrong password a connection error
-    passing = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.InvalidResponse)
-    return isinstance(error, (*passing, OSError))
+    lost = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
+    return isinstance(error, (*lost, exceptions.InvalidResponse))  # as from a proxy before Redis
 
 
 class Link:
@@ -1556,7 +1556,7 @@ class Worker:
         self._taking = True
         try:
             take = self.send(*TAKE.on([*ends], size=self.concurrency))
-            while not take.done() and not self.stopping:
+            while not take.done() and not self.stopping:  # which no outage must hold up
                 await asyncio.wait([take], timeout=1)
             take.cancel()  # unless it is done; what it moves all the same, _leave finds
             jobs = [] if take.cancelled() else take.result()
@@ -1627,10 +1627,12 @@ class Worker:
                 self._suspect = job  # lest it take other jobs down with it once more
             if self._suspect not in ("", job):
                 return None
-            if not self._suspect or len(self.held) + self._taking <= 1:
-                break
-            while len(self.held) + self._taking > 1:  # until it is alone; then what was read is old
+            waited = False
+            while self._suspect and len(self.held) + self._taking > 1:  # until it is alone
                 await asyncio.sleep(0.05)
+                waited = True
+            if not waited:  # else what was read is old
+                break
         if not (node := await self._node(job, run, crashes)):
             return None
         return self._claimed(job, run, node, [json.loads(text) for text in texts])
@@ -1647,9 +1649,8 @@ class Worker:
         except BaseException as error:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise  # it is no longer held
-            text = as_unicode(
-                f"worker {self.id} cannot build its flow: {str(error) or repr(error)}"
-            )
+            why = str(error) or repr(error)
+            text = as_unicode(f"worker {self.id} cannot build its flow: {why}")
         await self._fail(job, run, text)
         return None
 
