@@ -42,6 +42,7 @@ from prove import Pure, Result, Wrong, compare, ended, flows_of
 LEASE = 1.0
 COUNTS = [*Worker().counts]
 LIMITS = {"lease": LEASE, "beat": 0.2, "grace": 10.0}
+UNLUCKY = "5 workers ended or erred with it; see their logs"  # of a job that was killed so often
 Harm = Callable[[], Coroutine[Any, Any, None]]
 
 # ── Nodes ────────────────────────────────────────────────────────────────────────────────────
@@ -400,8 +401,8 @@ class Stage:
                 raise Wrong(f"run {run.id} has not ended within {seconds} s: {stands}")
             if not (error := task.exception()):
                 return await ended(run)
-            if "workers died" in str(error):
-                self.figures["unlucky"] += 1  # killed five times with the same job
+            if str(error).endswith(UNLUCKY):
+                self.figures["unlucky"] += 1
             elif not str(error).endswith("not mended yet"):
                 raise error
             self.figures["resumed"] += 1
@@ -563,7 +564,7 @@ async def f4(cuts: int, seed: int = 0) -> Counter[str]:
 async def f5(runs: int, seed: int = 0) -> Counter[str]:
     """Nodes that exit, hang, block and give no JSON, beside this many good runs."""
     ends: dict[str, tuple[str, dict[str, Any]]] = {
-        "exits": ("5 workers ended or erred with it; see their logs", {"retries": 5}),
+        "exits": (UNLUCKY, {"retries": 5}),
         "hangs": ("no result within 0.3 seconds", {"retries": 1, "timeout": 0.3}),
         "no JSON": ("ValueError: the value of 'a' is not JSON", {}),
         "blocks": ("", {}),
