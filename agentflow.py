@@ -17,13 +17,13 @@ The words, each with an example:
     flow      a graph of nodes and edges                        flows["demo"]
     node      one step: prep reads, exec works, post writes     "hello"
     edge      leads from a node to the next, for one action     review --more--> plan
-    action    what a node answers                               "default", "more", "error"
+    action    what post returns; it chooses the edges           "default", "more", "error"
     context   a run's data: string keys, JSON values            {"name": "Ada"}
     run       one execution of a flow                           "5f0c1a..."
-    token     stands at a node, one at most; its mark is        {"hello": "8d1f03..."}
-              "waiting", "returned" (to a loop's head) or, of an active node, a random id
-    job       one activation of one node: run/node/mark;        "5f0c1a.../hello/8d1f03..."
-              what the queue moves, and an idempotency key
+    token     stands at a node, at most one at each;            {"hello": "8d1f03..."}
+              marked "waiting", "returned" (to a loop's head) or, of an active node, by a random id
+    job       an active node's work, named run/node/mark;       "5f0c1a.../hello/8d1f03..."
+              what the queue moves; a key by which others can tell a repetition (idempotency key)
     visit     which activation of its node this is since its loop was entered; 1 outside of loops
     child     a run that a node has started, and waits for; the root is the run that a user started
     parked    a job that waits for its children, for a person, or for a resume: no worker has it
@@ -40,7 +40,7 @@ What holds, whatever is killed, whenever; each is named where it is upheld:
         list, one worker's processing list, or parked.
     I3  A run that can move moves; one that cannot says why. No job is dropped in silence.
     I4  With deterministic nodes, executors agree in the context and in each (node, visit, action).
-    I5  Every key of a run has a TTL. Else an ended run leaves only its entry in `runs`.
+    I5  Every key of a run has a TTL. Besides, a run leaves only its entry in the list of runs.
 
 Not promised: that a node executes only once; what Redis itself loses; an order between runs.
 
@@ -80,7 +80,7 @@ log = logging.getLogger("agentflow")
 MAX_VALUE = 1024 * 1024  # characters of one value's JSON text
 MAX_STEPS = 10_000  # activations in a run since it was started or resumed: a loop must end
 MAX_DEPTH = 16  # runs within runs
-MAX_COUNT = 2**53  # model tokens: beyond it, Lua's numbers skip some
+MAX_COUNT = 2**53  # of model tokens: Lua, in Redis, has only floats, exact up to here
 PATIENCE = 600.0  # seconds for which an overloaded server is asked again
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # ids become parts of jobs and of Redis keys
 
@@ -90,7 +90,7 @@ class GraphError(ValueError):
 
 
 class RunError(Exception):
-    """For whoever started a run: why it cannot start, has failed, or cannot be steered so."""
+    """For whoever started a run: why it cannot start, has failed, or refuses what it is told."""
 
 
 class Permanent(Exception):
@@ -103,7 +103,7 @@ class TryLater(Exception):
 
     def __init__(self, text: str, after: float | None = None) -> None:
         super().__init__(text)
-        self.after = max(0.0, float(after or 0))  # 0, also for a moment that is past: as usual
+        self.after = max(0.0, float(after or 0))  # 0: the usual back-off
 
 
 # ── 1. Context ───────────────────────────────────────────────────────────────────────────────
@@ -171,8 +171,8 @@ Record = Callable[..., None]  # records an event: its name, and what belongs to 
 
 @dataclass
 class Child:
-    """A run to start for a node. It gives its `final_output`, or without one its whole context;
-    if `gives` names keys, an object of these."""
+    """A run to start for a node. Its result is the value of its context key `final_output`, or
+    without that its whole context; if `gives` names keys, an object of these."""
 
     flow: str
     inputs: dict[str, Any]
@@ -430,7 +430,7 @@ class Flow:
             raise RunError(f'flow "{self.id}": input: {error}') from None
         return ctx.changes
 
-    # The rule.
+    # The rule. What it reads (starts, upstream, _back, _body, _heads) is made in _analyse, below.
 
     def first(self, mark: str) -> tuple[State, list[str]]:
         """The state of a new run, and its start nodes, active with this mark."""
@@ -450,7 +450,7 @@ class Flow:
                 raise RunError(f'node "{target}" was reached while active; please report this')
             tokens[target] = RETURNED if (node, target) in self._back else WAITING
         state, ready = self._activate(State(tokens, state.visits, state.steps + 1), mark)
-        if state.tokens and all(mark in IDLE for mark in state.tokens.values()):
+        if state.tokens and {*state.tokens.values()} <= {*IDLE}:
             raise RunError(f"all tokens wait, {tokens}, and none may run; please report this")
         return state, ready
 
@@ -487,7 +487,7 @@ class Flow:
         self.bit = {node: 1 << i for i, node in enumerate(self.nodes)}
         edges = [(node, target) for node in self.nodes for target in self.leads_to(node)]
         self.ancestors = self._ancestors_along(edges)
-        # A start leads to all that lead to it, and none of them is before it in the file: bit - 1.
+        # Of nodes that only they themselves lead to, the first in the file; bit - 1: all before it.
         self.starts = [
             node
             for node, bit in self.bit.items()
@@ -496,7 +496,7 @@ class Flow:
         ]
         for node in (order := [*self.starts]):  # which grows meanwhile: breadth-first
             order += [target for target in self.leads_to(node) if target not in order]
-        edges = [(source, target) for source in order for target in self.leads_to(source)]
+        edges = [(n, target) for n in order for target in self.leads_to(n)]  # so: fewer passes
         # Loops within loops (Steensgaard 1993): the nodes of a loop have the same ancestors; its
         # head comes first in `order`. Without the edges to the head, look for loops inside it.
         self.loops, self._back = list[Loop](), set[tuple[str, str]]()
@@ -564,18 +564,18 @@ class Flow:
         cannot do without, if none of the input's keys has a default or is written before it."""
         writes = {node: self.writes(node) for node in self.nodes}
         needs: set[str] = set()
-        for node, step in self.nodes.items():
-            before = self.nodes_in(self.ancestors[node])
+        for id, node in self.nodes.items():
+            before = self.nodes_in(self.ancestors[id])
             given = set(self.inputs).union(*(writes[n] for n in before))
-            for name in step.inputs.keys() - step.optional():
-                keys = [path.partition("/")[0] for path in step.inputs[name]]
+            for name in node.inputs.keys() - node.optional():
+                keys = [path.partition("/")[0] for path in node.inputs[name]]
                 if given.isdisjoint(keys):
                     needs.add(keys[0])
         return needs
 
     @cached_property
     def bundle(self) -> tuple[str, str]:
-        """What a run carries: the JSON of its graph and its sub-flows', after its SHA-256."""
+        """What a run carries: (SHA-256, JSON) of its graph and its sub-flows'."""
         for id in (wanted := [self.id]):  # which grows meanwhile
             for node in self.registry[id].nodes.values():
                 wanted += [child for child in node.runs() if child not in wanted]
@@ -602,7 +602,7 @@ class Registry:
         cls.types[name] = node_type
 
     def __init__(self, graphs: Mapping[str, Any], folder: str = "") -> None:
-        self.graphs, self.folder = graphs, folder  # which findings name
+        self.graphs, self.folder = graphs, folder  # folder: for findings
         self._flows: dict[str, Flow] = {}
 
     def __getitem__(self, id: str) -> Flow:
@@ -626,8 +626,8 @@ Event = dict[str, Any]  # "at" (seconds since 1970), "event", "run", "flow", and
 
 @dataclass
 class Status:
-    """What is known of a run. `status`, a Run's `phase`, is one of the four words above; a failed
-    run can be resumed. `result` is its final_output, else its whole context."""
+    """What is known of a run. `status`, a Run's `phase`, is one of the four words above; on Redis a
+    failed run can be resumed. `result`: see Child."""
 
     run: str
     flow: str
@@ -767,10 +767,10 @@ class MemoryRun(Run):
             self._end(FAILED, f"{type(error).__name__}, as the log shows")
             raise
 
-    async def _execute(self, id: str) -> Outcome | None:
-        """What a node came to, however often it parks; None if its run fails before."""
-        node, visit = self.flow.nodes[id], self.state.visits.get(id, 1)
-        job, failure, results = f"{self.id}/{id}/{self.state.tokens[id]}", "", None
+    async def _execute(self, name: str) -> Outcome | None:
+        """What a node came to, also if it parks; None if its run fails before."""
+        node, visit = self.flow.nodes[name], self.state.visits.get(name, 1)
+        job, failure, results = f"{self.id}/{name}/{self.state.tokens[name]}", "", None
         while True:
             ctx = Context(self.values, job, visit, self.dry_run, self.depth, results, failure)
             async with self.slots:
@@ -780,9 +780,9 @@ class MemoryRun(Run):
                 return outcome
             if self.phase != RUNNING:
                 return None
-            self._record("parked", node=id, question=outcome.question)
+            self._record("parked", node=name, question=outcome.question)
             try:
-                results = await self._wait_for(job, id, outcome)
+                results = await self._wait_for(job, name, outcome)
             except RunError as error:
                 failure = str(error)
 
@@ -813,7 +813,7 @@ class MemoryRun(Run):
         return ready
 
     def _end(self, phase: str, error: str = "") -> None:
-        self._record(phase, error=error)
+        self._record(phase, error=error)  # every failure; the first one counts
         if self.phase == RUNNING:
             self.phase, self.error = phase, error
             for asked in [key for key in self.root.questions if key.startswith(f"{self.id}/")]:
@@ -853,10 +853,10 @@ class MemoryRun(Run):
 # COMMIT puts the successors into ready or, as many as its worker has room for, into that worker's
 # own list: these it keeps, and they need no READ.
 #
-# Fields of run:<id>:parked, for each job that has to wait: "<job>": its question, or ''; "<job>
-# count": its children, or 1; "<job> missing": those not started; "<job> left": results to come, 0
-# or less when it may go on; "<job> <i>": what child i ended with, or the answer: '["completed",
-# result]', or another status and a text; "<job> is parked": there while no list has the job.
+# Fields of run:<id>:parked, by job: "<job>" its question, or ''; "... count" its children, or 1;
+# "... missing" those not started; "... left" results to come, <= 0 if it may go on (a failure
+# takes off the count); "... <i>" the end of child i, or the answer: '["completed", result]', or
+# another status and a text; "... is parked": there while no list has the job.
 
 
 @dataclass(frozen=True)
@@ -873,14 +873,14 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS are in this order; `.. mine` in a header: at least up to `mine`. TAKE and
-# BEAT are about no run. The first argument is a JSON object, `a`; then come context keys and values
-# as text, since Lua would make {} of [] and round integers. A state is a text in `a`: only Python
-# makes one.
+# What scripts share. KEYS have this order; `.. mine` above a script: up to `mine` at least. (TAKE
+# and BEAT, about no run, have their own.) ARGV: a JSON object, `a`; what is listed after a comma is
+# given in some cases only. Then context keys and values as text, since Lua would make {} of [] and
+# round integers. A state is a text in `a`: only Python makes one.
 RUN, PARKED, EVENTS = 0, 2, 6  # where in a run's keys these are
 SHARED = """
-local run, context, parked, ready, mine, heartbeat, events, root, graph, parent, parents_parked,
-  runs, copy = unpack(KEYS)
+local run, context, parked, ready, mine, heartbeat, events, root, graph, parents_run,
+  parents_parked, runs, copy = unpack(KEYS)
 local call, a = redis.call, cjson.decode(ARGV[1])
 
 local function push(list, jobs)
@@ -893,9 +893,9 @@ end
 local function put_context()
   for i = 2, #ARGV, 2 do call('HSET', context, ARGV[i], ARGV[i + 1]) end
 end
-local function expire(days)  -- the last word of what may have made one of these keys (I5)
+local function expire(days)  -- ends every script that may have made one of these keys (I5)
   for _, key in ipairs({run, context, parked}) do call('EXPIRE', key, days * 86400) end
-  if run == root then call('EXPIRE', events, days * 86400) end  -- which a child shares
+  if run == root then call('EXPIRE', events, days * 86400) end  -- a child's are its root's
   call('EXPIRE', graph, 30 * 86400)  -- which other runs share
 end
 local function status_of(run, job)  -- or false, if the job's token is gone
@@ -913,7 +913,7 @@ local function expect(parked, job)
   if call('HSETNX', parked, job, question) == 1 then
     call('HSET', parked, job .. ' count', a.count, job .. ' left', a.count,
          job .. ' missing', question == '' and a.count or 0)
-    call('EXPIRE', parked, 30 * 86400)
+    call('EXPIRE', parked, 30 * 86400)  -- in START the parent's, which expire() leaves out
   end
   return tonumber(call('HGET', parked, job .. ' count'))
 end
@@ -944,7 +944,7 @@ end
 local function finish()
   call('HSET', run, 'status', a.status, 'version', a.version, 'error', a.error)
   record(a.event)
-  if a.parent ~= '' then tell(parent, parents_parked, a.parent, a.index, a.status) end
+  if a.parent ~= '' then tell(parents_run, parents_parked, a.parent, a.index, a.status) end
   expire(a.status == 'failed' and 30 or 7)
 end
 """
@@ -966,11 +966,11 @@ class Script:
 # START makes a run and queues its start nodes: once; a child only while its parent is running, with
 # the job active and not yet told of this child (I1). The first START settles how many there are.
 #   KEYS  .. runs
-#   a     run version origin state jobs event parent, text or index count
+#   a     run version origin state jobs event parent, text (root's) or index count (child's)
 START = Script("""
 if call('EXISTS', run) == 1 then return end
 if a.parent ~= '' then
-  if status_of(parent, a.parent) ~= 'running' then return end
+  if status_of(parents_run, a.parent) ~= 'running' then return end
   if a.index >= expect(parents_parked, a.parent) then return end
   if call('HEXISTS', parents_parked, a.parent .. ' ' .. a.index) == 1 then return end
   call('HINCRBY', parents_parked, a.parent .. ' missing', -1)
@@ -1009,7 +1009,7 @@ return jobs
 READ = Script("""
 local told = {}
 for i = 1, call('HGET', parked, a.job .. ' count') or 0 do
-  told[i] = call('HGET', parked, a.job .. ' ' .. i - 1) or 'null'
+  told[i] = call('HGET', parked, a.job .. ' ' .. (i - 1)) or 'null'
 end
 return {call('HGETALL', run), call('HGETALL', context), told, call('LPOS', mine, a.job)}
 """)
@@ -1077,8 +1077,8 @@ return status
 # RELEASE takes a job from a worker's list (I2). If its run is running, the job is next in `ready`
 # or, with the `count` of what it waits for, parked until it may go on. If its run has failed, it is
 # parked; if it is done or its run cancelled, dropped. `dead`: all this only while the worker's
-# heartbeat is missing. `crashed` adds 1 to the job's crashes, unless it has two and the list had
-# others `beside` it: a job with two runs alone, so it only waited, and another was to blame.
+# heartbeat is missing. `crashed` adds 1 to the job's crashes; but from the second on a job is only
+# run alone, so if the list had others `beside` it, it waited, and one of these was to blame.
 #   KEYS  .. heartbeat, or .. root for a job that waits
 #   a     job dead crashed beside, version count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
@@ -1160,11 +1160,11 @@ SCRIPTS = [START, TAKE, READ, COMMIT, END, RELEASE, BEAT, RESUME, ANSWER]
 # What a client does, and what a worker shares with it. A run carries its graph, so a worker needs
 # node types, but no graph files.
 
-PASSING = re.compile(  # errors that pass, by their codes, which follow a dash if from a script
+PASSING = re.compile(  # errors that pass, by code; in a script's error a dash is before it
     r"(^|-)(ASK|BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
     r"|TRYAGAIN|UNBLOCKED)|max number of clients"
 )
-DEMOTED = re.compile(r"\b(MOVED|READONLY)\b")  # says who is not, or no longer, our keys' master
+DEMOTED = re.compile(r"\b(MOVED|READONLY)\b")  # what a server says that is not our keys' master
 
 
 def transient(error: BaseException) -> bool:
@@ -1204,7 +1204,7 @@ class Link:
             await self.client.aclose()
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
-        """The reply, some time; ResponseError where Redis refuses the command for good."""
+        """A future of the reply; ResponseError where Redis refuses the command for good."""
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._queue.append((command, reply))
         if not self._flushing or self._flushing.done():
@@ -1215,7 +1215,7 @@ class Link:
         delay = 0.0  # before the next try; 0 as long as there is no outage
         while batch := [each for each in self._queue if not each[1].cancelled()]:
             self._queue = []
-            wait = 0.1  # what Redis refuses for now, as it is full, must not hold up the rest
+            wait = 0.1  # short, if Redis refuses only some, being full: the rest waits with them
             try:  # with more patience in an outage: perhaps it is only a reply that takes long
                 replies = await self._exchange([command for command, _ in batch], 3 + 10 * delay)
             except Exception as error:
@@ -1334,7 +1334,7 @@ class RedisRun(Run):
         self.version, self.phase, self.state = "", "", State({}, {})
 
     def change(self, script: Script, values: dict[str, str] = {}, **a: Any) -> asyncio.Future[Any]:
-        """Have a script change the run; where it does, the run has a new version."""
+        """Have a script change the run; its `version` is a new id, also of the command."""
         parent, index = self.origin.parent, self.origin.index
         a = {"run": self.id, "version": new_id(), "parent": parent, "index": index} | a
         return self.executor.send(*script.on(self.keys, values, **a))
@@ -1345,7 +1345,7 @@ class RedisRun(Run):
         return encode(event_of(event, id, self.origin.flow, **more))
 
     def record(self, event: str, **more: Any) -> None:
-        """Record an event of a node; nobody waits for it."""
+        """Record an event of a node, if the stream is still there (I5); nobody waits for it."""
         trim, text = ("NOMKSTREAM", "MAXLEN", "~", 10000), self.event(event, **more)
         self.executor.send("XADD", self.keys[EVENTS], *trim, "*", "event", text)
 
@@ -1464,7 +1464,7 @@ class RedisRun(Run):
 # looks for jobs that somebody lost (I3). The task of a job that is no longer held is cancelled,
 # wherever it is: what it has sent travels on (see Link), and safety comes from the processing list.
 
-CRASHES = 5  # a run fails when so many workers have died with one job; 1 if its node has no retries
+CRASHES = 5  # a run fails when so many workers died or erred with one job; 1 if it has no retries
 
 
 Claimed = tuple[RedisRun, Node, Context]  # what a worker needs to run a job
@@ -1472,7 +1472,7 @@ Claimed = tuple[RedisRun, Node, Context]  # what a worker needs to run a job
 
 @dataclass
 class Held:
-    """A job in this worker's custody."""
+    """A job that this worker takes for its own; the list in Redis may differ: see _audit."""
 
     task: asyncio.Task[None]  # works on it
     since: float = field(default_factory=time.monotonic)
@@ -1556,7 +1556,7 @@ class Worker:
         self._taking = True
         try:
             take = self.send(*TAKE.on([*ends], size=self.concurrency))
-            while not take.done() and not self.stopping:  # which no outage must hold up
+            while not take.done() and not self.stopping:  # a stop must not wait for Redis
                 await asyncio.wait([take], timeout=1)
             take.cancel()  # unless it is done; what it moves all the same, _leave finds
             jobs = [] if take.cancelled() else take.result()
@@ -1580,7 +1580,7 @@ class Worker:
             return
         task = asyncio.create_task(self._work(job, claimed))
         self.held[job] = Held(task)
-        self._tasks.add(task)  # else the event loop forgets it
+        self._tasks.add(task)  # once it is not held, nothing else refers to it
         task.add_done_callback(self._tasks.discard)
 
     async def _work(self, job: str, claimed: Claimed | None) -> None:
@@ -1668,7 +1668,7 @@ class Worker:
         if origin.graph not in self._registries:
             if not (graph := await self.send("GET", self.key("graph", origin.graph))):
                 raise RunError(f"its graph {origin.graph} is not in Redis")
-            self._registries = dict([*self._registries.items()][-99:])  # the newest
+            self._registries = dict([*self._registries.items()][-99:])  # the 99 last built
             self._registries[origin.graph] = Registry(json.loads(graph))
         return self._registries[origin.graph][origin.flow]
 
@@ -1753,7 +1753,7 @@ class Worker:
         return self.send(*RELEASE.on(self.executor.keys(job), job=job, crashed=crashed))
 
     def _forget(self, job: str) -> bool:
-        """Hold a job no longer; what works on it ends, unless that says so itself. Gives whether
+        """Hold a job no longer; what works on it is cancelled, unless it calls this. Gives whether
         it has begun and must not begin again."""
         held = self.held.pop(job, None)
         if held and held.task is not asyncio.current_task():

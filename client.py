@@ -82,7 +82,7 @@ COURSES = ("status", "explain", "draw", "cancel", "resume", "answer")
 
 
 def parse() -> argparse.Namespace:
-    """The command line, with the flags named above; ends with exit code 2 where it is wrong."""
+    """The command line, its flags found in this file's docstring; exit code 2 where it is wrong."""
     parser = Parser("client.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     subject = parser.add_mutually_exclusive_group(required=True)
@@ -96,8 +96,8 @@ def parse() -> argparse.Namespace:
     for name in given:
         if name not in (args.about, "redis", "import", *FITS[args.about].split()):
             parser.error(f"--{name.replace('_', '-')} does not go with --{args.about}; see --help")
-    if len(courses := [name for name in COURSES if name in given] + (args.answer or [])[1:]) > 1:
-        parser.error(f"--{' and --'.join(courses)}: one at a time")
+    if len([name for name in COURSES if name in given] + (args.answer or [])[1:]) > 1:
+        parser.error(f"--{', --'.join(COURSES)}: one at a time")
     if args.json and (args.draw or args.explain):
         parser.error("--draw and --explain give a text, and no JSON")
     if args.about == "run" and args.input and not args.resume:
@@ -138,7 +138,7 @@ def set_up(args: argparse.Namespace) -> None:
         load_dotenv(find_dotenv(usecwd=True))
     except (OSError, ValueError) as error:
         raise RunError(f".env, here or above, cannot be read: {error}") from None
-    args.at = f" --redis {public(args.redis)}" if args.redis else ""
+    args.at = f" --redis {public(args.redis)}" if args.redis else ""  # ends what it says to type
     args.redis = args.redis or os.environ.get("REDIS_URL") or "redis://localhost:6379"
     sys.path.append(os.curdir)
     for module in ["graphs.nodes", *(vars(args)["import"] or ())]:
@@ -284,7 +284,7 @@ async def overview(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     args = parse()
     try:
-        getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # unless it is closed
+        getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # closed: None
         set_up(args)
         does = {"usecase": start, "list": start, "run": steer}.get(args.about, overview)
         asyncio.run(does(args))

@@ -43,7 +43,7 @@ async def work(args: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     log.info("worker %s at %s, %d jobs at once", worker.id, public(args.redis), args.concurrency)
-    log.info("%s", sys.modules["graphs.calls"].model_status())
+    log.info("%s", sys.modules["graphs.calls"].model_status())  # imported by set_up
     config: dict[str | None, str | None] = {"maxmemory-policy": "noeviction"}
     try:
         for name in ("maxmemory-policy", "save", "appendonly"):

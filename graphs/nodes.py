@@ -1,7 +1,7 @@
 """The node types that the graphs use; at the same time the lesson "how to add a node type".
 
-That is a subclass of Node with a table of its fields, and a name in the registry. Simple ones
-first. Importing this reads no environment and does not import openai.
+That is a subclass of Node, a table of its fields (a kind of check.KINDS, use, required or not), and
+a name in the registry. Simple ones first. Importing this reads no environment, nor imports openai.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def render(template: str, values: Mapping[str, Any], quote: Callable[[Any], str] = as_text) -> str:
+def render(template: str, values: Mapping[str, Any], show: Callable[[Any], str] = as_text) -> str:
     """The template with each {{name}} replaced once: what is put in is never scanned again."""
     if missing := [name for name in NAME.findall(template) if name not in values]:
         raise Permanent(f"{{{{{missing[0]}}}}} has no value in the context; give it as an input")
-    return NAME.sub(lambda match: quote(values[match[1]]), template)
+    return NAME.sub(lambda match: show(values[match[1]]), template)
 
 
 def parse(text: str, kind: str) -> Any:
@@ -58,7 +58,7 @@ class Templated(Node):
 
     def names(self) -> list[str]:
         texts = [as_text(self.data.get(field, "")) for field in self.templates]
-        return sorted({*NAME.findall(" } { ".join(texts))})  # no name leads into the next text
+        return sorted({*NAME.findall(" } { ".join(texts))})  # a {{name}} spans no two texts
 
     async def prep(self, ctx: Context) -> Any:
         given = [field for field in self.templates if field in self.data]
@@ -169,10 +169,10 @@ class SubWorkflow(Node):
         return [] if "inputs" in self.data else sorted(self.takes()[1])
 
     def takes(self) -> tuple[set[str], set[str]]:
-        """The inputs that the child needs; and these with those that have defaults below here."""
-        registry, id = self.flow.registry, self.child
-        above = self.flow.id.split("/")[1:]  # a child's own children ask, too: its id has the way
-        # that led to it, so that a flow that runs itself is looked into only once
+        """The inputs that the child needs; and these with all that have defaults there or below."""
+        # Building the child makes its own sub-workflows ask the same. So the flow built here has
+        # for its id the way that led to it ("a/b"): one that runs itself is looked into only once.
+        registry, id, above = self.flow.registry, self.child, self.flow.id.split("/")[1:]
         known, key = TAKEN.setdefault(registry, {}), (id, frozenset(above))
         if key not in known:
             known[key], graph = (set[str](), set[str]()), registry.graphs.get(id)
