@@ -1467,9 +1467,6 @@ class RedisRun(Run):
 CRASHES = 5  # a run fails when so many workers died or erred with one job; 1 if it has no retries
 
 
-Claimed = tuple[RedisRun, Node, Context]  # what a worker needs to run a job
-
-
 @dataclass
 class Held:
     """A job that this worker takes for its own; the list in Redis may differ: see _audit."""
@@ -1574,26 +1571,27 @@ class Worker:
             if job not in self.held:  # else it was taken from us, and has come back
                 self._begin(job)
 
-    def _begin(self, job: str, claimed: Claimed | None = None) -> None:
+    def _begin(self, job: str, run: RedisRun | None = None) -> None:
         if not self._room():  # it was there when this job was asked for
             self._give_back(job)
             return
-        task = asyncio.create_task(self._work(job, claimed))
+        task = asyncio.create_task(self._work(job, run))
         self.held[job] = Held(task)
         self._tasks.add(task)  # once it is not held, nothing else refers to it
         task.add_done_callback(self._tasks.discard)
 
-    async def _work(self, job: str, claimed: Claimed | None) -> None:
-        """One delivery of a job; one that a commit of this worker has kept is claimed already."""
+    async def _work(self, job: str, run: RedisRun | None) -> None:
+        """One delivery of a job; one that a commit of this worker has kept comes with its run."""
         held = self.held[job]
         try:
-            if not (claimed := claimed or await self._claim(job)):
-                if self.held.get(job) is held:  # else its run has failed
-                    await self._give_back(job)  # RELEASE knows where to
+            if not (claimed := (run, []) if run else await self._claim(job)):
+                await self._give_back(job)  # RELEASE knows where to
                 return
-            run, node, ctx = claimed
-            held.no_repeat = not node.retries
+            run, told = claimed
+            ctx = self._context(job, run, told)
             try:
+                node = await self._node(job, run)
+                held.no_repeat = not node.retries
                 outcome = await execute(node, ctx, run.record)
                 if isinstance(outcome, Park):
                     await self._park(job, run, node, outcome)
@@ -1607,8 +1605,8 @@ class Worker:
             await asyncio.sleep(1)  # lest it come again at once
             await self._give_back(job, crashed=True)
 
-    async def _claim(self, job: str) -> Claimed | None:
-        """Read what a job needs; None if it must not run, or not now."""
+    async def _claim(self, job: str) -> tuple[RedisRun, list[Any]] | None:
+        """Read a job's run, and what the job was told; None if it must not run, or not now."""
         id, name, mark = job.split("/")
         while True:
             read = READ.on(self.executor.keys(job), job=job)
@@ -1627,42 +1625,27 @@ class Worker:
                 self._suspect = job  # lest it take other jobs down with it once more
             if self._suspect not in ("", job):
                 return None
-            waited = False
-            while self._suspect and len(self.held) + self._taking > 1:  # until it is alone
+            if not self._suspect or len(self.held) + self._taking == 1:
+                return run, [json.loads(text) for text in texts]
+            while len(self.held) + self._taking > 1:  # until it is alone; what was read is then old
                 await asyncio.sleep(0.05)
-                waited = True
-            if not waited:  # else what was read is old
-                break
-        if not (node := await self._node(job, run, crashes)):
-            return None
-        return self._claimed(job, run, node, [json.loads(text) for text in texts])
 
-    async def _node(self, job: str, run: RedisRun, crashes: int) -> Node | None:
-        """The node of a job; None, and its run fails, if it has crashed too often, in which case it
-        is not even built, for that may be what kills its workers; or if it cannot be built."""
-        name = job.split("/")[1]
-        text = f'node "{name}": {crashes} workers ended or erred with it; see their logs'
-        try:
-            node = (await self._flow(run.origin)).nodes[name] if crashes < CRASHES else None
-            if node and (node.retries or not crashes):
-                return node
-        except BaseException as error:
-            if (task := asyncio.current_task()) and task.cancelling():
-                raise  # it is no longer held
-            why = str(error) or repr(error)
-            text = as_unicode(f"worker {self.id} cannot build its flow: {why}")
-        await self._fail(job, run, text)
-        return None
-
-    def _claimed(self, job: str, run: RedisRun, node: Node, told: list[Any] = []) -> Claimed:
-        """What a job needs, from what is known of its run now. It is given its results when
-        all have come, and a failure at once."""
-        failures = [text for status, text in filter(None, told) if status != COMPLETED]
+    def _context(self, job: str, run: RedisRun, told: list[Any]) -> Context:
+        """What a node sees. It is given its results when all have come, and a failure at once."""
+        failure = next((text for status, text in filter(None, told) if status != COMPLETED), "")
         results = [result for _, result in told] if told and all(told) else None
-        visit, origin = run.state.visits.get(node.id, 1), run.origin
-        failure = failures[0] if failures else ""
-        ctx = Context(run.context, job, visit, origin.dry_run, origin.depth, results, failure)
-        return run, node, ctx
+        visit, origin = run.state.visits.get(job.split("/")[1], 1), run.origin
+        return Context(run.context, job, visit, origin.dry_run, origin.depth, results, failure)
+
+    async def _node(self, job: str, run: RedisRun) -> Node:
+        """The node of a job. RunError if it has crashed too often, in which case it is not even
+        built, for that may be what kills its workers; or if it cannot be built."""
+        name, crashes = job.split("/")[1], int(run.fields.get(f"crashes {job}", 0))
+        if crashes < CRASHES:
+            node = (await self._flow(run.origin)).nodes[name]
+            if node.retries or not crashes:
+                return node
+        raise RunError(f'node "{name}": {crashes} workers ended or erred with it; see their logs')
 
     async def _flow(self, origin: Origin) -> Flow:
         if origin.graph not in self._registries:
@@ -1670,7 +1653,11 @@ class Worker:
                 raise RunError(f"its graph {origin.graph} is not in Redis")
             self._registries = dict([*self._registries.items()][-99:])  # the 99 last built
             self._registries[origin.graph] = Registry(json.loads(graph))
-        return self._registries[origin.graph][origin.flow]
+        try:
+            return self._registries[origin.graph][origin.flow]
+        except BaseException as error:  # whatever its nodes raise
+            why = f"worker {self.id} cannot build its flow: {str(error) or repr(error)}"
+            raise RunError(as_unicode(why)) from None
 
     async def _commit(self, job: str, run: RedisRun, flow: Flow) -> None:
         """Record what a job came to, and with it the other held jobs of its run that have ended by
@@ -1693,7 +1680,7 @@ class Worker:
                     log.info("done %s -> %s in %.3f s", each, outcome.action, seconds)
                     self._forget(each)
                 for other in keep:
-                    self._begin(other, self._claimed(other, run, flow.nodes[other.split("/")[1]]))
+                    self._begin(other, run)
                 return
         self.counts["refused"] += 1
         await self._give_back(job)

@@ -2998,8 +2998,8 @@ async def test_a_job_that_has_waited_to_be_alone_is_read_anew_and_not_before(spa
     space.redis.hset(run.keys[1], "x", '"new"')  # as a resume may do it
     worker._taking = False
 
-    _, _, ctx = await claim
-    assert ctx["x"] == "new" and len(found) == 3  # READ twice, and the graph
+    view, _ = await claim
+    assert view.context["x"] == '"new"' and len(found) == 2  # READ twice
     await worker.executor.link.close()
     space.redis.lmove(worker.processing, space.key("ready"))
     space.worker()
