@@ -1114,7 +1114,7 @@ call('SET', KEYS[1], a.doing, 'PX', a.lease)
 call('ZADD', KEYS[2], call('TIME')[1], a.worker)
 """)
 
-# RESUME lets a failed run go on, if its state is still the one that was read: its parked jobs are
+# RESUME lets a failed run go on, if its version is still the one that was read: its parked jobs are
 # queued, but for those that still wait for an end or an answer. A child takes back what it told its
 # parent, which then waits for it again.
 #   KEYS  .. parents_parked
@@ -1122,8 +1122,7 @@ call('ZADD', KEYS[2], call('TIME')[1], a.worker)
 #   gives 1 if it did
 RESUME = Script("""
 if is_repeat() then return 1 end
-local found = call('HMGET', run, 'status', 'state')
-if found[1] ~= 'failed' or found[2] ~= a.seen then return 0 end
+if call('HGET', run, 'version') ~= a.seen then return 0 end
 call('HDEL', run, 'error')
 call('HSET', run, 'status', 'running', 'version', a.version, 'steered', a.version, 'state', a.state)
 put_context()
@@ -1438,15 +1437,14 @@ class RedisRun(Run):
             await self.read()
             if self.phase != FAILED:
                 raise RunError(f"run {self.id} is {self.phase}; only a failed run can be resumed")
-            jobs = [*self.active().values()]
-            a: dict[str, Any] = {"seen": self.fields["state"], "jobs": jobs}
-            a |= {"state": encode(self.state._replace(steps=0)._asdict())}
-            for child in await self.children():  # if it moves meanwhile, RESUME refuses `a`
+            seen, jobs = self.version, [*self.active().values()]
+            state = encode(self.state._replace(steps=0)._asdict())
+            for child in await self.children():  # if the run moves meanwhile, RESUME refuses
                 if child.origin.parent in jobs and child.phase == FAILED:
                     with suppress(RunError):  # somebody else has resumed it
                         await child.resume()
-            event = self.event("resumed")
-            resumed = await self.change(RESUME, values=ctx.changes, event=event, **a)
+            a = {"seen": seen, "state": state, "jobs": jobs, "event": self.event("resumed")}
+            resumed = await self.change(RESUME, ctx.changes, **a)
 
     async def answer(self, node: str, value: Any) -> None:
         """Answer what a node asks. The first answer wins. RunError if it asks nothing, ValueError

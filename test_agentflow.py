@@ -4523,7 +4523,7 @@ async def test_a_resume_that_is_sent_again_resumes_once(space: Space, gate: Gate
     await end_of(run)
     await run.read()
     jobs, event = [*run.active().values()], run.event("resumed")
-    resume = {"version": new_id(), "seen": run.fields["state"], "state": run.fields["state"]}
+    resume = {"version": new_id(), "seen": run.version, "state": run.fields["state"]}
     resume |= {"jobs": jobs, "event": event}
 
     assert await run.change(RESUME, **resume) == 1
