@@ -177,7 +177,7 @@ class Child:
     flow: str
     inputs: dict[str, Any]
     gives: list[str] | None = None
-    values: dict[str, str] = field(default_factory=dict)  # its context, made from the inputs
+    context: dict[str, str] = field(default_factory=dict)  # made from the inputs
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def _admit(node: Node, ctx: Context, park: Park) -> Park:
         if child.flow not in node.runs():
             raise Permanent(f'it starts "{child.flow}", which its runs() does not name')
         child.gives = None if child.gives is None else [*map(str, child.gives)]  # for JSON
-        child.values = node.flow.registry[child.flow].new_context(child.inputs)
+        child.context = node.flow.registry[child.flow].new_context(child.inputs)
     return park
 
 
@@ -719,10 +719,11 @@ class MemoryRun(Run):
     """A run in this process, or a child of one; it runs as soon as it is made."""
 
     def __init__(
-        self, id: str, flow: Flow, values: dict[str, str], dry_run: bool,
+        self, id: str, flow: Flow, context: dict[str, str], dry_run: bool,
         slots: asyncio.Semaphore, parent: MemoryRun | None = None,
     ) -> None:  # fmt: skip
-        self.id, self.flow, self.values, self.dry_run, self.slots = id, flow, values, dry_run, slots
+        self.id, self.flow, self.context = id, flow, context
+        self.dry_run, self.slots = dry_run, slots
         self.phase, self.error, self.over = RUNNING, "", asyncio.Event()
         self.depth: int = parent.depth + 1 if parent else 0
         self.root: MemoryRun = parent.root if parent else self  # which has what its children share:
@@ -744,7 +745,7 @@ class MemoryRun(Run):
     async def status(self) -> Status:
         """Where the run stands now."""
         more = {"error": self.error, "usage": dict(self.usage), "tokens": {**self.state.tokens}}
-        return Status.of(self, self.flow.id, self.phase, self.values, **more)
+        return Status.of(self, self.flow.id, self.phase, self.context, **more)
 
     async def answer(self, node: str, value: Any, child: str = "") -> None:
         """Answer what a node, or one of a child run, asks. The first answer wins. RunError if it
@@ -772,7 +773,7 @@ class MemoryRun(Run):
         node, visit = self.flow.nodes[name], self.state.visits.get(name, 1)
         job, failure, results = f"{self.id}/{name}/{self.state.tokens[name]}", "", None
         while True:
-            ctx = Context(self.values, job, visit, self.dry_run, self.depth, results, failure)
+            ctx = Context(self.context, job, visit, self.dry_run, self.depth, results, failure)
             async with self.slots:
                 running = self.phase == RUNNING  # a failed run begins nothing more
                 outcome = await execute(node, ctx, self._record) if running else None
@@ -797,15 +798,15 @@ class MemoryRun(Run):
 
     async def _child(self, id: str, child: Child) -> Any:
         flow = self.flow.registry[child.flow]
-        run = MemoryRun(id, flow, child.values, self.dry_run, self.slots, self)
+        run = MemoryRun(id, flow, child.context, self.dry_run, self.slots, self)
         await run.over.wait()
         if run.phase != COMPLETED:
             raise RunError(failure_of(id, flow.id, run.phase, run.error))
-        return json.loads(result_of(run.values, child.gives))
+        return json.loads(result_of(run.context, child.gives))
 
     def _commit(self, node: str, outcome: Outcome) -> list[str]:
         self.state, ready = self.flow.advance(self.state, node, outcome.action, new_id())
-        self.values = self.values | outcome.changes
+        self.context = self.context | outcome.changes
         self.root.usage.update(outcome.usage)
         self._record("done", **outcome.event)
         if not self.state.tokens:
@@ -836,10 +837,10 @@ class MemoryRun(Run):
 #   ready                 list        jobs for any worker: LPUSH in, BLMOVE RIGHT LEFT out
 #   processing:<worker>   list        the jobs in this worker's custody
 #   workers               sorted set  who exists, by when they were last heard of
-#   worker:<worker>       string      its heartbeat, there while it lives (TTL): what it does
+#   worker:<worker>       string      its heartbeat, with a TTL: what it does
 #   runs                  sorted set  runs that a user started, by the time of starting
 #   run:<id>              hash        origin, status, version, state, steered, crashes, error, usage
-#   run:<id>:context      hash        one field a context key: its value as JSON text
+#   run:<id>:context      hash        for each context key, its value as JSON text
 #   run:<id>:parked       hash        what parked jobs wait for, and what has come of it
 #   run:<id>:events       stream      what happened to a root run and its children, capped
 #   graph:<sha256>        string      the graph that a run was started with, and its sub-flows
@@ -1714,7 +1715,7 @@ class Worker:
         for i, child in enumerate(park.children):
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
             started = RedisRun(self.executor, child_id(job, i), theirs)
-            starts.append(started.start(node.flow.registry[child.flow], child.values, count=count))
+            starts.append(started.start(node.flow.registry[child.flow], child.context, count=count))
             if i % 100 == 99:  # few at a time, for others want to be served, too
                 await starts[-1]
         await asyncio.gather(*starts)

@@ -667,7 +667,7 @@ class Ended(Run):
         return self.end
 
     def given(self, child):
-        return json.loads(result_of(self.values, child.gives))
+        return json.loads(result_of(self.context, child.gives))
 
     @property
     def failure(self):
@@ -696,7 +696,7 @@ class OneByOne:
             error = str(failure)
         more = {"error": error, "usage": {}, "tokens": state.tokens}
         run.end = Status.of(run, flow.id, FAILED if error else COMPLETED, values, **more)
-        run.values = values
+        run.context = values
         return run
 
 
