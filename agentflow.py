@@ -967,7 +967,7 @@ class Script:
 # START makes a run and queues its start nodes: once; a child only while its parent is running, with
 # the job active and not yet told of this child (I1). The first START settles how many there are.
 #   KEYS  .. runs
-#   a     run version origin state jobs event parent, text (root's) or index count (child's)
+#   a     run version origin state jobs event parent, text or, of a child, index count
 START = Script("""
 if call('EXISTS', run) == 1 then return end
 if a.parent ~= '' then
