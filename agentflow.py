@@ -1164,7 +1164,8 @@ PASSING = re.compile(  # errors that pass, by code; in a script's error a dash i
     r"(^|-)(ASK|BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
     r"|TRYAGAIN|UNBLOCKED)|max number of clients"
 )
-DEMOTED = re.compile(r"\b(MOVED|READONLY)\b")  # what a server says that is not our keys' master
+# What a new connection mends: it may lead to our keys' new master, and it loads the scripts.
+STALE = re.compile(r"\b(MOVED|NOSCRIPT|READONLY)\b")
 
 
 def transient(error: BaseException) -> bool:
@@ -1193,7 +1194,6 @@ class Link:
         self._connection = pool.make_connection()
         self._connection.socket_timeout = None  # there is one for a whole batch, in _exchange
         self.settled_at = time.monotonic()  # after an outage: when all others are back, too
-        self._loaded = False  # the scripts
         self._queue: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._flushing: asyncio.Task[None] | None = None
 
@@ -1245,7 +1245,8 @@ class Link:
         """The replies, a refused command's error among them. TimeoutError if none comes for about
         `patience` seconds, and one more for each MB sent. Packed and sent in one go, which costs a
         worker a sixth less than a pipeline of redis-py."""
-        loads = [] if self._loaded else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
+        known = self._connection.is_connected
+        loads = [] if known else [("SCRIPT", "LOAD", script.text) for script in SCRIPTS]
         packed = b"".join(map(hiredis.pack_command, [*loads, *commands]))
         patience += len(packed) / 1_000_000
         replies, clock = list[Any](), asyncio.get_running_loop().time
@@ -1257,8 +1258,9 @@ class Link:
                     try:
                         replies.append(await self._connection.read_response())
                     except exceptions.ResponseError as refusal:
-                        if DEMOTED.search(f"{refusal.status_code} {refusal}"):
-                            raise  # for a new connection may lead to the new master
+                        stale = STALE.search(f"{refusal.status_code} {refusal}")
+                        if stale or len(replies) < len(loads):  # or a script is refused
+                            raise
                         replies.append(refusal)
                     if clock() > latest + 1:  # a new timer for each reply would cost more
                         latest = clock()
@@ -1266,9 +1268,6 @@ class Link:
         except BaseException:
             await self._connection.disconnect(nowait=True)  # what still comes is nobody's reply
             raise
-        if refused := [r for r in replies[: len(loads)] if isinstance(r, Exception)]:
-            raise refused[0]
-        self._loaded = not any(isinstance(reply, exceptions.NoScriptError) for reply in replies)
         return replies[len(loads) :]
 
 

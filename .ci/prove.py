@@ -688,16 +688,19 @@ def route(link: Any, client: GatedClient) -> None:
     """Let all that a link sends pass the gate."""
 
     async def exchange(commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
-        if not link._loaded:  # which is not worth a step
-            for script in agentflow.SCRIPTS:
-                client.gate.redis.script_load(script.text)
         async with client.pipeline(transaction=False) as pipe:
             for command in commands:
                 pipe.execute_command(*command)
             replies: list[Any] = await pipe.execute(raise_on_error=False)
-        link._loaded = not any(isinstance(reply, NoScriptError) for reply in replies)
+        if any(isinstance(reply, NoScriptError) for reply in replies):
+            load()
         return replies
 
+    def load() -> None:  # which is not worth a step
+        for script in agentflow.SCRIPTS:
+            client.gate.redis.script_load(script.text)
+
+    load()
     link.client, link._exchange = client, exchange
 
 
