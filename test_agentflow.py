@@ -770,10 +770,23 @@ class Space:
         self.url = f"{server.url}/{number}"
         self.namespace = namespace or f"test-{new_id()}"
         self.redis = redis.Redis.from_url(self.url, decode_responses=True)
-        self.executor = RedisExecutor(self.url, self.namespace)
+        self.links: list[agentflow.Link] = []
+        self.executor = self.client()
         self.key = self.executor.key
         self.inside: dict[Worker, asyncio.Task[None]] = {}
         self.outside: list[Process] = []
+
+    def client(self, url: str = "") -> RedisExecutor:
+        """A client with a link of its own."""
+        executor = RedisExecutor(url or self.url, self.namespace)
+        self.links.append(executor.link)
+        return executor
+
+    def still(self, **options: Any) -> Worker:
+        """A worker that does nothing but what its test makes it do."""
+        worker = Worker(self.url, self.namespace, **options)
+        self.links.append(worker.executor.link)
+        return worker
 
     def worker(self, url: str = "", **options: Any) -> Worker:
         """Start a worker in this process."""
@@ -791,6 +804,17 @@ class Space:
         self.outside.append(Process(self, **options))
         return self.outside[-1]
 
+    def deliver(self, worker: str) -> str:
+        """Move the next job into a worker's list, as BLMOVE does it."""
+        ends = self.key("ready"), self.key("processing", worker)
+        return str(self.redis.lmove(*ends, "RIGHT", "LEFT"))
+
+    def charge(self, run: Run, crashes: int = 2) -> str:
+        """Note that the job of a run has crashed so often; gives the job."""
+        [job] = [job for job in self.lists() if job.startswith(run.id)]
+        self.redis.hset(self.key("run", run.id), f"crashes {job}", crashes)
+        return job
+
     def expire(self, part: str = "") -> None:
         """Let the heartbeats of workers expire at once, which are dead."""
         for id in self.redis.zrange(self.key("workers"), 0, -1):
@@ -805,12 +829,14 @@ class Space:
             for process in self.outside:
                 process.kill()
             for worker in self.inside:
+                worker.grace = 0
                 worker.stop()
                 # A job of no run is dropped, and ends the second for which BLMOVE may wait.
                 self.redis.lpush(self.key("ready"), "none/none/none")
             for worker in self.inside:
                 await self.stop(worker)
-            await self.executor.link.close()
+            for link in self.links:
+                await link.close()
             for key in self.names():
                 self.redis.delete(key)
             self.redis.close()
@@ -899,7 +925,7 @@ class Hand:
         self.space, self.flow = space, flow
         self.id = f"hand-{new_id()}"
         self.processing = space.key("processing", self.id)
-        executor = RedisExecutor(space.url, space.namespace)
+        executor = space.client()
         executor.name = self.id
         self.view = RedisRun(executor, run.id, run.origin)
         space.redis.zadd(space.key("workers"), {self.id: 0})
@@ -2861,8 +2887,7 @@ async def test_a_job_that_no_worker_can_read_comes_once_a_second(space: Space) -
 async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate) -> None:
     flows = [flow(node, **{node: gate.data}) for node in "abc"]
     runs = [await each.run({}, space.executor) for each in flows]
-    job = next(job for job in space.lists() if "/b/" in job)
-    space.redis.hset(space.key("run", runs[1].id), f"crashes {job}", 2)
+    job = space.charge(runs[1])
 
     worker = space.worker()
     await wait_until(lambda: worker._suspect == job and gate.begun("a"))
@@ -2879,8 +2904,8 @@ async def test_two_jobs_that_have_crashed_twice_run_one_after_the_other(
     space: Space, gate: Gate
 ) -> None:
     runs = [await flow(node, **{node: gate.data}).run({}, space.executor) for node in "ab"]
-    for job in space.lists():
-        space.redis.hset(space.key("run", job.split("/")[0]), f"crashes {job}", 2)
+    for run in runs:
+        space.charge(run)
 
     space.worker()
     await wait_until(lambda: gate.begun("a") or gate.begun("b"))
@@ -2919,34 +2944,12 @@ async def test_what_the_dead_leave_of_no_run_is_dropped_and_who_leaves_nothing_i
     assert f"{dead} is dead" in caplog.text and empty not in caplog.text
 
 
-async def test_a_job_that_has_crashed_twice_waits_for_what_may_yet_come(space: Space) -> None:
-    run = await flow("a").run({}, space.executor)
-    [job] = space.lists()
-    space.redis.hset(run.keys[0], f"crashes {job}", 2)
-    worker = Worker(space.url, space.namespace)
-    space.redis.lmove(space.key("ready"), worker.processing)
-    worker.held[job], worker._taking = agentflow.Held(asyncio.current_task()), True
-
-    claim = asyncio.create_task(worker._claim(job))
-    await wait_until(lambda: worker._suspect == job)
-    early, _ = await asyncio.wait([claim], timeout=0.2)
-    worker._taking = False
-
-    assert not early and await claim
-    await worker.executor.link.close()
-    space.redis.lmove(worker.processing, space.key("ready"))
-    space.worker()
-    assert (await end_of(run)).status == COMPLETED
-
-
 async def test_a_job_that_waits_to_be_alone_is_not_charged_with_what_others_do(
     space: Space, gate: Gate
 ) -> None:
     slow = gate.data | {"holds": 1}
     runs = [await flow(n, **{n: slow}).run({}, space.executor) for n in "ab"]
-    job = next(job for job in space.lists() if "/b/" in job)
-    crashes = f"crashes {job}"
-    space.redis.hset(runs[1].keys[0], crashes, 2)
+    crashes = runs[1].keys[0], f"crashes {space.charge(runs[1])}"
     worker = space.process()
     await gate.reached("a")
     await wait_until(lambda: not space.redis.llen(space.key("ready")))
@@ -2954,12 +2957,12 @@ async def test_a_job_that_waits_to_be_alone_is_not_charged_with_what_others_do(
     worker.die()
     other = space.worker()
     await wait_until(lambda: other.counts["reaped"] == 2)
-    charged = [space.redis.hget(runs[1].keys[0], crashes)]
+    charged = [space.redis.hget(*crashes)]
     await gate.reached("b")  # alone
     space.redis.lmove(other.processing, space.key("processing", "late"))
     space.redis.zadd(space.key("workers"), {"late": time.time()})
     await wait_until(lambda: other.counts["reaped"] == 3)
-    charged.append(space.redis.hget(runs[1].keys[0], crashes))
+    charged.append(space.redis.hget(*crashes))
 
     assert charged == ["2", "3"]
     assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
@@ -2969,8 +2972,7 @@ async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(
     space: Space, gate: Gate
 ) -> None:
     runs = [await flow(n, **{n: gate.data}).run({}, space.executor) for n in "ab"]
-    job = next(job for job in space.lists() if "/b/" in job)
-    space.redis.hset(runs[1].keys[0], f"crashes {job}", 2)
+    job = space.charge(runs[1])
     worker = space.worker()
     await gate.reached("a")
     await wait_until(lambda: worker._suspect == job)
@@ -2983,13 +2985,11 @@ async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(
 
 
 async def test_a_job_that_has_waited_to_be_alone_is_read_anew_and_not_before(space: Space) -> None:
-    run = await flow("a", {"x": "old"}).run({}, space.executor)
-    [job] = space.lists()
-    space.redis.hset(run.keys[0], f"crashes {job}", 2)
-    worker = Worker(space.url, space.namespace)
-    space.redis.lmove(space.key("ready"), worker.processing)
+    run, worker = await flow("a", {"x": "old"}).run({}, space.executor), space.still()
+    job = space.charge(run)
+    space.deliver(worker.id)
     worker.held = Watched({job: agentflow.Held(asyncio.current_task())})
-    worker._taking = True
+    worker._taking = True  # so that more may yet come
     found = exchanges(worker.executor.link)
     claim = asyncio.create_task(worker._claim(job))
     await wait_until(lambda: worker._suspect == job)
@@ -3000,37 +3000,28 @@ async def test_a_job_that_has_waited_to_be_alone_is_read_anew_and_not_before(spa
 
     _, _, ctx = await claim
     assert ctx["x"] == "new" and len(found) == 3  # READ twice, and the graph
-    await worker.executor.link.close()
-    space.redis.lmove(worker.processing, space.key("ready"))
-    space.worker()
-    assert (await end_of(run)).status == COMPLETED
 
 
 async def test_a_job_that_killed_five_workers_fails_at_once_and_before_its_flow_is_built(
     space: Space, gate: Gate
 ) -> None:
-    beside = await flow("b", b=gate.data).run({}, space.executor)
+    await flow("b", b=gate.data).run({}, space.executor)  # for which it does not wait
     run = await one("numbered").run({}, space.executor)
-    [job] = [job for job in space.lists() if job.startswith(run.id)]
-    space.redis.hset(run.keys[0], f"crashes {job}", 5)
+    space.charge(run, crashes=5)
     made = Numbered.made
 
     space.worker()
     end = await end_of(run)
 
     assert "5 workers ended or erred with it" in end.error and Numbered.made == made
-    gate.open("b")
-    assert (await end_of(beside)).status == COMPLETED
 
 
 async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(
     space: Space, gate: Gate
 ) -> None:
-    run = await flow("a", a=gate.data).run({}, space.executor)
-    [job] = space.lists()
-    space.redis.hset(run.keys[0], f"crashes {job}", 2)
-    worker = Worker(space.url, space.namespace)
-    space.redis.lmove(space.key("ready"), worker.processing)
+    run, worker = await flow("a", a=gate.data).run({}, space.executor), space.still()
+    job = space.charge(run)
+    space.deliver(worker.id)
 
     worker._begin(job)
     await asyncio.sleep(0)  # it is being read
@@ -3038,11 +3029,6 @@ async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alo
     await wait_until(lambda: not worker._tasks)
 
     assert worker._suspect == "" and not gate.begun("a")  # else it would run nothing else any more
-    gate.open("a")
-    await worker.executor.link.close()
-    space.redis.lmove(worker.processing, space.key("ready"))
-    space.worker()
-    assert (await end_of(run)).status == COMPLETED
 
 
 async def test_each_job_of_a_worker_may_have_a_thread(space: Space, gate: Gate) -> None:
@@ -3126,7 +3112,7 @@ async def test_a_worker_that_leaves_gives_back_also_what_it_never_heard_of(
     worker = space.worker(concurrency=1, beat=1, grace=0.1)  # so that no audit finds it before
     runs = [await flow(node, **{node: gate.data}).run({}, space.executor) for node in "ab"]
     await gate.reached("a")
-    space.redis.lmove(space.key("ready"), worker.processing)
+    space.deliver(worker.id)
 
     await space.stop(worker)
 
@@ -3218,14 +3204,13 @@ async def test_a_flow_that_cannot_be_built_fails_its_run_whatever_its_node_type_
 
 
 async def test_a_worker_keeps_the_newest_100_graphs_that_it_has_seen(space: Space) -> None:
-    worker, text = Worker(space.url, space.namespace), flow("a").bundle[1]
+    worker, text = space.still(), flow("a").bundle[1]
 
     for i in range(101):
         space.redis.set(space.key("graph", f"{i}"), text, ex=1000)
         await worker._flow(agentflow.Origin("flow", f"{i}", "root"))
 
     assert [*worker._registries] == [f"{i}" for i in range(1, 101)]
-    await worker.executor.link.close()
 
 
 async def test_a_worker_that_nobody_disturbs_is_refused_nothing(space: Space) -> None:
@@ -3396,7 +3381,7 @@ async def test_a_job_whose_delivery_was_lost_is_found_by_its_workers_audit(
     await gate.reached("a")
 
     runs.append(await gated.run({}, space.executor))
-    space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
+    space.deliver(worker.id)
     await wait_until(lambda: worker.counts["audited"] == 1)
 
     for run in runs:
@@ -3424,7 +3409,7 @@ async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(spac
 
     await space.stop(worker)
     run = await flow("a -> b").run({}, space.executor)
-    space.redis.lmove(space.key("ready"), space.key("processing", dead), "RIGHT", "LEFT")
+    space.deliver(dead)
     reaper = space.worker(lease=0.3)
 
     assert (await end_of(run)).status == COMPLETED and reaper.counts["reaped"] == 1
@@ -3496,7 +3481,7 @@ async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
     run = await chain.run({}, space.executor)
     other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
     job = other.take("a")
-    worker = Worker(space.url, space.namespace, lease=60)
+    worker = space.still(lease=60)
     await worker._beat()
 
     worker.executor.link.settled_at = time.monotonic()
@@ -3507,7 +3492,6 @@ async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
 
     assert early == ([job], 0)
     assert worker.counts["reaped"] == 1 and space.lists() == [job]
-    await worker.executor.link.close()
     space.worker()
     await committed_once(space, run, chain)
 
@@ -3536,7 +3520,7 @@ async def test_an_outage_in_the_middle_of_a_reap_reaps_nobody(space: Space) -> N
     run = await chain.run({}, space.executor)
     other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
     job = other.take("a")
-    worker = Worker(space.url, space.namespace, lease=1)
+    worker = space.still(lease=1)
     link, real, cut = worker.executor.link, worker.executor.link._exchange, list[int]()
     link.settled_at -= 2
 
@@ -3551,7 +3535,6 @@ async def test_an_outage_in_the_middle_of_a_reap_reaps_nobody(space: Space) -> N
 
     assert cut and worker.counts["reaped"] == 0
     assert space.redis.lrange(other.processing, 0, -1) == [job]
-    await link.close()
     space.worker()
     await committed_once(space, run, chain)
 
@@ -3620,7 +3603,7 @@ async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(
     run = await both.run({}, space.executor)
     hand = Hand(space, both, run)
     decision = await hand.decide(hand.take("a")) | {"usage": {"total": 3}}
-    other, worker = await both.run({}, space.executor), Worker(space.url, space.namespace, lease=60)
+    other, worker = await both.run({}, space.executor), space.still(lease=60)
     await worker._beat()
     heartbeat = space.key("worker", worker.id)
     space.redis.expire(heartbeat, 30)
@@ -3631,7 +3614,6 @@ async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(
     await asyncio.wait_for(worker._beat(), 5)
 
     assert space.redis.ttl(heartbeat) > 30
-    await worker.executor.link.close()
     assert committed and (await run.status()).usage == {"total": 3}
     assert await is_status(other, CANCELLED) and 0 < space.redis.ttl(other.keys[0]) <= 7 * 86400
     await space.close()
@@ -3654,49 +3636,45 @@ async def test_what_nobody_waits_for_any_more_is_not_sent_again(tmp_path: Path) 
 
 
 async def test_who_waits_no_more_leaves_the_others_of_a_batch_alone(space: Space) -> None:
-    link, key = agentflow.Link(space.url), space.key("none")
+    link, key = space.executor.link, space.key("none")
     slow, other = link.send("BLPOP", key, 0.5), link.send("EXISTS", key)
     assert not (await asyncio.wait([slow], timeout=0.1))[0]  # they have been sent
 
     slow.cancel()
 
     assert await asyncio.wait_for(other, 5) == 0
-    await link.close()
 
 
 async def test_a_reply_that_takes_long_is_waited_for_longer(space: Space) -> None:
-    link = agentflow.Link(space.url)
+    link = space.executor.link
 
     slow = link.send("BLPOP", space.key("none"), 3.2)  # as slow as a large context may be
 
     assert await asyncio.wait_for(slow, 30) is None
-    await link.close()
 
 
 async def test_a_large_batch_is_given_the_time_to_travel(space: Space) -> None:
-    link = agentflow.Link(space.url)
+    link = space.executor.link
     batch = [("BLPOP", space.key("none"), 0.5), ("ECHO", "x" * 3_000_000)]
 
     none, text = await link._exchange(batch, 0.2)
 
     assert none is None and len(text) == 3_000_000
-    await link.close()
 
 
 async def test_replies_that_come_one_by_one_may_take_long_together(
     space: Space, caplog: Any
 ) -> None:
-    link = agentflow.Link(space.url)
+    link = space.executor.link
 
     slow = [link.send("BLPOP", space.key("none"), 0.9) for _ in range(4)]
 
     assert await asyncio.wait_for(asyncio.gather(*slow), 30) == [None] * 4
     assert "does not answer" not in caplog.text
-    await link.close()
 
 
 async def test_a_link_that_was_cancelled_takes_new_commands(space: Space) -> None:
-    link = agentflow.Link(space.url)
+    link = space.executor.link
     hung = link.send("BLPOP", space.key("none"), 9)
     assert not (await asyncio.wait([hung], timeout=0.1))[0]
     [flushing] = [task for task in asyncio.all_tasks() if "_flush" in repr(task.get_coro())]
@@ -3705,7 +3683,6 @@ async def test_a_link_that_was_cancelled_takes_new_commands(space: Space) -> Non
     await asyncio.wait([flushing])
 
     assert await asyncio.wait_for(link.send("EXISTS", space.key("none")), 9) == 0
-    await link.close()
 
 
 async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path: Path) -> None:
@@ -3751,7 +3728,7 @@ DEMOTED += ["MOVED 7429 127.0.0.1:1"]
 
 @pytest.mark.parametrize("text", DEMOTED)
 async def test_a_demoted_master_is_left_whatever_it_says(space: Space, text: str) -> None:
-    link, key = agentflow.Link(space.url), space.key("none")
+    link, key = space.executor.link, space.key("none")
     await link.send("EXISTS", key)
     connection, left = link._connection, []
     read, disconnect = connection.read_response, connection.disconnect
@@ -3770,13 +3747,12 @@ async def test_a_demoted_master_is_left_whatever_it_says(space: Space, text: str
     connection.read_response, connection.disconnect = read_response, leave
 
     assert await link.send("EXISTS", key) == 0 and left
-    await link.close()
 
 
 async def test_after_an_outage_others_are_given_the_time_for_which_they_may_still_wait(
     space: Space,
 ) -> None:
-    link, real = agentflow.Link(space.url), agentflow.Link._exchange
+    link, real = space.executor.link, agentflow.Link._exchange
     asked: list[float] = []
 
     async def exchange(commands: list[Any], patience: float) -> list[Any]:
@@ -3789,7 +3765,6 @@ async def test_after_an_outage_others_are_given_the_time_for_which_they_may_stil
     assert await link.send("EXISTS", space.key("none")) == 0
 
     assert asked[-1] == max(asked) < link.settled_at - time.monotonic() + 6  # the usual lease
-    await link.close()
 
 
 async def test_a_worker_that_was_full_when_its_master_was_demoted_goes_on(
@@ -3853,10 +3828,9 @@ async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
 async def test_however_many_workers_are_dead_a_living_one_beats_in_time(space: Space) -> None:
     for number in range(30):
         await flow("a").run({}, space.executor)
-        dead = space.key("processing", f"host-{number}-abcdef")
-        space.redis.lmove(space.key("ready"), dead, "RIGHT", "LEFT")
+        space.deliver(f"host-{number}-abcdef")
         space.redis.zadd(space.key("workers"), {f"host-{number}-abcdef": time.time()})
-    worker = Worker(space.url, space.namespace, beat=0.2)
+    worker = space.still(beat=0.2)
     worker.executor.link.settled_at -= 10
     found = exchanges(worker.executor.link)
 
@@ -3866,25 +3840,19 @@ async def test_however_many_workers_are_dead_a_living_one_beats_in_time(space: S
     assert len(found) <= 5
     worker._leaving = True
     await tick
-    await worker.executor.link.close()
-    space.worker()
 
 
 async def test_a_worker_does_not_reap_itself(space: Space) -> None:
-    both = flow("a -> b")
-    run = await both.run({}, space.executor)
-    worker = Worker(space.url, space.namespace)
+    await flow("a").run({}, space.executor)
+    worker = space.still()
     await worker._beat()
-    space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
+    job = space.deliver(worker.id)
 
     space.expire()
     worker.executor.link.settled_at -= 61
     await worker._reap()
 
-    assert len(space.redis.lrange(worker.processing, 0, -1)) == 1 and not worker.counts["reaped"]
-    await worker.executor.link.close()
-    space.worker(lease=0.3)
-    await committed_once(space, run, both)
+    assert space.redis.lrange(worker.processing, 0, -1) == [job] and not worker.counts["reaped"]
 
 
 async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) -> None:
@@ -4113,7 +4081,7 @@ async def test_what_comes_into_the_list_of_a_worker_that_has_left_is_found(space
     await space.stop(gone)
     both = flow("a -> b")
     run = await both.run({}, space.executor)
-    space.redis.lmove(space.key("ready"), gone.processing, "RIGHT", "LEFT")  # its BLMOVE, late
+    space.deliver(gone.id)  # its BLMOVE, late
 
     space.worker()
 
@@ -4201,7 +4169,7 @@ async def test_a_wide_map_is_cancelled_in_a_few_exchanges_and_so_is_its_workers_
     run = await wide.run({"items": [*range(40)]}, space.executor)
     worker = space.worker(concurrency=50, beat=60, lease=600)  # it looks when it is told to
     await gate.reached("x", 40)
-    client = RedisExecutor(space.url, space.namespace)
+    client = space.client()
     mine = await client.find(run.id)
     by_client, by_worker = exchanges(client.link), exchanges(worker.executor.link)
 
@@ -4210,7 +4178,6 @@ async def test_a_wide_map_is_cancelled_in_a_few_exchanges_and_so_is_its_workers_
 
     assert worker.held == {} and not space.lists()
     assert len(by_client) < 20 and len(by_worker) < 20
-    await client.link.close()
 
 
 async def test_a_cancel_reaches_what_a_child_that_has_ended_has_left_running(
@@ -4486,7 +4453,7 @@ async def test_a_resume_of_a_child_that_fails_again_at_once_ends(space: Space, g
     run = await parent.run({}, space.executor)
     await end_of(run)
     [child] = await run.children()
-    far = RedisExecutor(space.url, space.namespace)
+    far = space.client()
     send = far.send
 
     async def late(*command: Any) -> Any:  # which is a script, and the keys of a run, or is none
@@ -4497,7 +4464,6 @@ async def test_a_resume_of_a_child_that_fails_again_at_once_ends(space: Space, g
     far.send = late  # type: ignore[assignment]
     seen_from_far = await far.find(run.id)
     await asyncio.wait_for(seen_from_far.resume(), 10)
-    await far.link.close()
 
     assert (await end_of(run)).status == FAILED and len(gate.begun("x")) == 2
 
@@ -4916,7 +4882,7 @@ async def test_what_fails_while_one_looks_is_not_nowhere(space: Space, gate: Gat
     run = await both.run({}, space.executor)
     space.worker()
     await wait_until(lambda: is_status(run, FAILED))
-    client = RedisExecutor(space.url, space.namespace)
+    client = space.client()
     mine, send = await client.find(run.id), client.send
 
     async def then_a_fails(reply: Any) -> Any:
@@ -4929,7 +4895,6 @@ async def test_what_fails_while_one_looks_is_not_nowhere(space: Space, gate: Gat
     said = [line async for line in explain(mine, both, {}, "")]
 
     assert len(said) == 3 and "NOWHERE" not in "".join(said)
-    await client.link.close()
 
 
 # The client.
