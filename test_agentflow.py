@@ -1035,6 +1035,17 @@ async def space(server: Server, tmp_path: Path) -> Any:
     await space.close()
 
 
+@pytest.fixture
+async def own(tmp_path: Path) -> Any:
+    """A space on a server of its own."""
+    server = Server(tmp_path / "server", "--appendonly", "yes", "--appendfsync", "always")
+    server.start()
+    space = Space(server, tmp_path)
+    yield space
+    await space.close()
+    server.kill()
+
+
 @pytest.fixture(params=["memory", "redis", "one by one"])
 async def executor(request: Any, tmp_path: Path) -> Any:
     if request.param != "redis":
@@ -2707,21 +2718,6 @@ async def test_a_dead_workers_job_is_run_by_another(space: Space, gate: Gate) ->
     assert (await second.stop())["reaped"] >= 1
 
 
-async def test_runs_of_a_worker_that_was_alone_go_on_when_another_comes(
-    space: Space, gate: Gate
-) -> None:
-    gated = flow("s -> a -> b c -> d; d -more-> a; d -z-> z", d=gate.data | {"actions": ["z"]})
-    worker = space.process()
-    runs = [await gated.run({}, space.executor) for _ in range(20)]
-    await gate.reached("d", 10)
-
-    worker.kill()
-    space.process()
-
-    for run in runs:
-        await opened(gate, run, gated)
-
-
 async def test_a_parked_jobs_worker_may_die(space: Space, gate: Gate) -> None:
     gated, items = family("a -> m -> b", m=MAP, c_x=ITEM | gate.data), {"items": [1, 2, 3]}
     worker = space.process()
@@ -3244,22 +3240,6 @@ async def test_a_zombie_commits_late_and_changes_nothing(space: Space, gate: Gat
     assert (await other.stop())["reaped"] == 1
 
 
-async def test_a_worker_that_is_only_slow_is_taken_for_dead_and_loses_the_race(
-    space: Space, gate: Gate
-) -> None:
-    gated = flow("a -> b", a=gate.data | {"holds": 1})
-    slow = space.worker(lease=0.3, beat=1.5)  # whose heartbeat is gone most of the time
-    run = await gated.run({}, space.executor)
-    await gate.reached("a")
-
-    other = space.worker(lease=0.3)
-    await as_in_memory(run, gated)
-    gate.open("a")
-
-    await wait_until(lambda: slow.counts["refused"] == 1)
-    assert other.counts["reaped"] >= 1
-
-
 async def test_a_job_that_was_committed_late_cannot_be_failed_by_its_new_worker(
     space: Space,
 ) -> None:
@@ -3453,110 +3433,77 @@ async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> 
     space.redis.delete(processing, ready)
 
 
-async def test_redis_may_be_killed_and_come_back(tmp_path: Path, gate: Gate) -> None:
-    server = Server(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
-    server.start()
-    space = Space(server, tmp_path)
+async def test_redis_may_be_killed_and_come_back(own: Space, gate: Gate) -> None:
     rounds = {"actions": ["more"] * 20 + ["done"]}
     loop = "s -> a -> b e -> c; c -more-> a; c -done-> d"
     gated = flow(loop, c=rounds, b=gate.data | {"holds": 3})
-    workers = [space.process(), space.process()]
-    runs = [await gated.run({}, space.executor) for _ in range(3)]
+    workers = [own.process(), own.process()]
+    runs = [await gated.run({}, own.executor) for _ in range(3)]
     await gate.reached("b", 3)
-    await wait_until(lambda: space.redis.zcard(space.key("workers")) == 2)  # both are at work
+    await wait_until(lambda: own.redis.zcard(own.key("workers")) == 2)  # both are at work
 
-    server.kill()
+    own.server.kill()
     gate.open("b")
-    server.start()
+    own.server.start()
 
     for run in runs:
         await as_in_memory(run, gated)
     assert [worker.process.poll() for worker in workers] == [None, None]
-    await space.close()
-    server.kill()
 
 
 async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
     chain = flow("a -> b")
-    run = await chain.run({}, space.executor)
-    other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
-    job = other.take("a")
-    worker = space.still(lease=60)
-    await worker._beat()
-
-    worker.executor.link.settled_at = time.monotonic()
-    await worker._reap()
-    early = space.redis.lrange(other.processing, 0, -1), worker.counts["reaped"]
-    worker.executor.link.settled_at -= 61
-    await worker._reap()
-
-    assert early == ([job], 0)
-    assert worker.counts["reaped"] == 1 and space.lists() == [job]
-    space.worker()
-    await committed_once(space, run, chain)
-
-
-async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(
-    tmp_path: Path, caplog: Any
-) -> None:
-    server = Server(tmp_path / "redis")
-    server.start()
-    space = Space(server, tmp_path)
-    worker = space.worker(beat=3)  # so that it is a take that is refused first
-    await wait_until(lambda: space.redis.zcard(space.key("workers")))
-
-    server.client.config_set("min-replicas-to-write", 1)
-    await wait_until(lambda: "redis does not answer" in caplog.text)
-    server.client.config_set("min-replicas-to-write", 0)
-
-    run = await flow("a").run({}, space.executor)
-    assert (await end_of(run)).status == COMPLETED and not space.inside[worker].done()
-    await space.close()
-    server.kill()
-
-
-async def test_an_outage_in_the_middle_of_a_reap_reaps_nobody(space: Space) -> None:
-    chain = flow("a -> b")
-    run = await chain.run({}, space.executor)
-    other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
-    job = other.take("a")
+    hand = Hand(space, chain, await chain.run({}, space.executor))
+    job = hand.take("a")  # and its heartbeat expires during the outage
     worker = space.still(lease=1)
     link, real, cut = worker.executor.link, worker.executor.link._exchange, list[int]()
     link.settled_at -= 2
 
     async def exchange(commands: list[Any], patience: float) -> list[Any]:
         if not cut and "EXISTS" in [command[0] for command in commands]:
-            cut.append(1)
+            cut.append(1)  # an outage in the middle of a reap
             raise exceptions.ConnectionError
         return await real(commands, patience)
 
     link._exchange = exchange  # type: ignore[method-assign]
     await worker._reap()
+    early = space.redis.lrange(hand.processing, 0, -1), worker.counts["reaped"]
+    link.settled_at = time.monotonic() - 1.1
+    await worker._reap()
 
-    assert cut and worker.counts["reaped"] == 0
-    assert space.redis.lrange(other.processing, 0, -1) == [job]
-    space.worker()
-    await committed_once(space, run, chain)
+    assert cut and early == ([job], 0)
+    assert space.lists() == [job] and worker.counts["reaped"] == 1
+
+
+async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(
+    own: Space, caplog: Any
+) -> None:
+    worker = own.worker(beat=3)  # so that it is a take that is refused first
+    await wait_until(lambda: own.redis.zcard(own.key("workers")))
+
+    own.redis.config_set("min-replicas-to-write", 1)
+    await wait_until(lambda: "redis does not answer" in caplog.text)
+    own.redis.config_set("min-replicas-to-write", 0)
+
+    run = await flow("a").run({}, own.executor)
+    assert (await end_of(run)).status == COMPLETED and not own.inside[worker].done()
 
 
 async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_once(
-    tmp_path: Path, caplog: Any
+    own: Space, caplog: Any
 ) -> None:
-    server = Server(tmp_path, "--maxmemory", "1")  # it is full
-    server.start()
-    link = agentflow.Link(server.url)
+    send = own.executor.send
+    own.redis.config_set("maxmemory", 1)  # it is full
 
-    refused, begun = link.send("SET", "a", "1"), time.monotonic()
-    replies = [await link.send("GET", "a") for _ in range(10)]
+    refused, begun = send("SET", "a", "1"), time.monotonic()
+    replies = [await send("GET", "a") for _ in range(10)]
     took = time.monotonic() - begun
-    server.client.config_set("maxmemory", 0)
+    own.redis.config_set("maxmemory", 0)
 
     assert replies == [None] * 10 and took < 4
     assert await asyncio.wait_for(refused, 5) == "OK"
     await wait_until(lambda: "redis answers again" in caplog.text)
     assert caplog.text.count("redis does not answer") == 1
-    await link.close()
-    server.kill()
 
 
 async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog: Any) -> None:
@@ -3572,67 +3519,55 @@ async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog: Any) -> Non
 
 
 async def test_a_take_that_is_under_way_when_its_worker_ends_moves_nothing(
-    tmp_path: Path, gate: Gate
+    own: Space, gate: Gate
 ) -> None:
-    server = Server(tmp_path / "redis")
-    server.start()
-    space = Space(server, tmp_path)
-    worker, gated = space.worker(concurrency=1), flow("a", a=gate.data)
+    worker, gated = own.worker(concurrency=1), flow("a", a=gate.data)
     link = worker.executor.link
-    await gated.run({}, space.executor), await gated.run({}, space.executor)
+    await gated.run({}, own.executor), await gated.run({}, own.executor)
     await gate.reached("a")
-    server.client.config_set("maxmemory", 1)
+    own.redis.config_set("maxmemory", 1)
     gate.open("a")
     await wait_until(lambda: [each for each in link._queue if agentflow.TAKE.digest in each[0]])
 
-    await space.stop(worker)
-    server.client.config_set("maxmemory", 0)
+    await own.stop(worker)
+    own.redis.config_set("maxmemory", 0)
     await wait_until(lambda: link._flushing.done())
 
-    assert space.redis.llen(space.key("ready")) == 1
-    await space.close()
-    server.kill()
+    assert own.redis.llen(own.key("ready")) == 1
 
 
 async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(
-    tmp_path: Path,
+    own: Space,
 ) -> None:
-    server, both = Server(tmp_path), flow("a -> b")
-    server.start()
-    space = Space(server, tmp_path)
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run)
+    both, worker = flow("a -> b"), own.still(lease=60)
+    run, other = await both.run({}, own.executor), await both.run({}, own.executor)
+    hand = Hand(own, both, run)
     decision = await hand.decide(hand.take("a")) | {"usage": {"total": 3}}
-    other, worker = await both.run({}, space.executor), space.still(lease=60)
     await worker._beat()
-    heartbeat = space.key("worker", worker.id)
-    space.redis.expire(heartbeat, 30)
+    heartbeat = own.key("worker", worker.id)
+    own.redis.expire(heartbeat, 30)
 
-    server.client.config_set("maxmemory", 1)
+    own.redis.config_set("maxmemory", 1)
     committed = await asyncio.wait_for(hand.commit(decision), 5)
     await asyncio.wait_for(other.cancel(), 5)
     await asyncio.wait_for(worker._beat(), 5)
+    own.redis.config_set("maxmemory", 0)
 
-    assert space.redis.ttl(heartbeat) > 30
+    assert own.redis.ttl(heartbeat) > 30
     assert committed and (await run.status()).usage == {"total": 3}
-    assert await is_status(other, CANCELLED) and 0 < space.redis.ttl(other.keys[0]) <= 7 * 86400
-    await space.close()
-    server.kill()
+    assert await is_status(other, CANCELLED) and 0 < own.redis.ttl(other.keys[0]) <= 7 * 86400
 
 
-async def test_what_nobody_waits_for_any_more_is_not_sent_again(tmp_path: Path) -> None:
-    server = Server(tmp_path, "--maxmemory", "1")
-    server.start()
-    link = agentflow.Link(server.url)
+async def test_what_nobody_waits_for_any_more_is_not_sent_again(own: Space) -> None:
+    send = own.executor.send
+    own.redis.config_set("maxmemory", 1)
 
-    refused = link.send("SET", "a", "1")
-    await link.send("GET", "a")  # in the same batch
+    refused = send("SET", "a", "1")
+    await send("GET", "a")  # in the same batch
     refused.cancel()
-    server.client.config_set("maxmemory", 0)
+    own.redis.config_set("maxmemory", 0)
 
-    assert [await link.send("GET", "a") for _ in range(3)] == [None] * 3
-    await link.close()
-    server.kill()
+    assert [await send("GET", "a") for _ in range(3)] == [None] * 3
 
 
 async def test_who_waits_no_more_leaves_the_others_of_a_batch_alone(space: Space) -> None:
