@@ -92,6 +92,7 @@ class Gate:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.data = {"gate": str(folder)}  # of a node that goes through it
+        self.noted = self.data | {"holds": 0}  # of one that only notes that it has begun
         self.broken = {"broken": str(self.folder / "mended")}  # of one that fails before `mend`
 
     async def pass_through(self, node: str, holds: int | None) -> None:
@@ -229,25 +230,6 @@ class Refused(Node):
         return self.attempts[job]
 
 
-class Cancelling(Node):
-    """Cancels its own work, in one of its three steps."""
-
-    fields: ClassVar[dict[str, Field]] = {"step": Field("text")}
-
-    async def prep(self, ctx: Context) -> None:
-        self.cancel("prep")
-
-    async def exec(self, prepared: Any) -> None:
-        self.cancel("exec")
-
-    async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
-        self.cancel("post")
-
-    def cancel(self, step: str) -> None:
-        if self.data["step"] == step:
-            raise asyncio.CancelledError
-
-
 class Panic(BaseException):
     """What an extension in another language may raise."""
 
@@ -259,34 +241,47 @@ class Mute(Exception):
         raise RuntimeError("it is gone")
 
 
+BREAKS: dict[str, tuple[str, Any]] = {  # a step, and what is raised in it
+    "cancel in prep": ("prep", asyncio.CancelledError),
+    "cancel in exec": ("exec", asyncio.CancelledError),
+    "cancel in post": ("post", asyncio.CancelledError),
+    "exit at once": ("prep", SystemExit("no such option")),
+    "exit": ("exec", SystemExit("no such option")),
+    "close": ("exec", GeneratorExit),
+    "panic": ("exec", Panic),
+    "mute": ("prep", Mute),
+}
+
+
 class Breaking(Node):
-    """Ends the task that runs it, or asks for its end, in one of many ways."""
+    """Raises what no step should, or asks for the end of the task that runs it."""
 
     fields: ClassVar[dict[str, Field]] = {"how": Field("text")}
 
     async def prep(self, ctx: Context) -> Any:
-        if self.data["how"] == "mute":
-            raise Mute
-        if self.data["how"] == "exit at once":
-            sys.exit("no such option")
+        self.may_raise("prep")
         if self.data["how"] == "ask":
             asyncio.current_task().cancel()
             return Park(question="Good?")
 
     async def exec(self, prepared: Any) -> None:
+        self.may_raise("exec")
         how, cancel = self.data["how"], asyncio.current_task().cancel
-        if how == "panic":
-            raise Panic
-        if how == "close":
-            raise GeneratorExit
-        if how == "exit":
-            sys.exit("no such option")
         if how == "fail":
             cancel()
             raise Permanent("it has failed")
-        asyncio.get_running_loop().call_soon(cancel)  # a time-out by hand
-        with contextlib.suppress(asyncio.CancelledError if how == "hear nothing" else ()):
-            await asyncio.sleep(60)
+        if how in ("time-out", "hear nothing"):
+            asyncio.get_running_loop().call_soon(cancel)  # a time-out by hand
+            with contextlib.suppress(asyncio.CancelledError if how == "hear nothing" else ()):
+                await asyncio.sleep(60)
+
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
+        self.may_raise("post")
+
+    def may_raise(self, now: str) -> None:
+        step, error = BREAKS.get(self.data["how"], ("", None))
+        if step == now:
+            raise error
 
 
 class Idle(Node):
@@ -395,7 +390,7 @@ class Rehearsed(Node):
 
 TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison": Poison}
 TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
-TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender, "deaf": Deaf}
+TYPES |= {"idle": Idle, "spender": Spender, "deaf": Deaf}
 TYPES |= {"numbered": Numbered, "breaking": Breaking, "threaded": Threaded}
 TYPES |= {"parking": Parking, "loose": Loose, "fickle": Fickle}
 for name, node_type in TYPES.items():
@@ -408,9 +403,11 @@ MAP = {"type": "map", "workflowId": "child", "over": "items", "as": "item"}
 ITEM = {"inputs": {"item": "item"}}
 TEXT = {"type": "output", "promptTemplate": "x"}
 SWITCH = {"type": "switch", "inputs": {"value": "x"}}
+BY_ITEM = {"type": "switch", "inputs": {"value": "item"}}
 ASK = {"type": "llm-process", "promptTemplate": "Greet Ada."}
 ROUTE = {"type": "llm-router", "promptTemplate": "Which way?"}
-HTTP = {"type": "http-request", "config": {"retries": 0}}
+ONCE = {"config": {"retries": 0}}
+HTTP = {"type": "http-request"} | ONCE
 WAIT = {"type": "wait", "question": "Good?", "otherwise": "approve"}
 APPROVAL = "a -> w; w -approve-> b"  # where `w` waits
 
@@ -1566,10 +1563,8 @@ async def test_a_node_is_stopped_when_its_time_is_up(executor: Any, gate: Gate) 
 
 
 async def test_a_refusal_is_bounded_by_time_and_not_by_count(executor: Any) -> None:
-    config = {"retries": 0}
-
-    end = await same(executor, one("refused", times=1100, after=1e-6, config=config))
-    endless = await same(executor, one("refused", times=3, after=601, config=config))
+    end = await same(executor, one("refused", times=1100, after=1e-6, **ONCE))
+    endless = await same(executor, one("refused", times=3, after=601, **ONCE))
 
     assert end.context == {"a": 1101}
     assert endless.error == 'node "a": too many requests'
@@ -1614,30 +1609,23 @@ async def test_what_a_failed_runs_other_nodes_finish_is_kept_but_leads_no_furthe
     assert (await run.status()).tokens.keys() == {"b", "c"}
 
 
+PARKS = {
+    "children": {"type": "parking", "child": "child"},
+    "an answer": {"type": "idle", "question": "Good?"},
+}
+
+
 @own_executors
-async def test_a_failed_run_begins_no_children(executor: Any, gate: Gate) -> None:
-    parks = {"type": "parking", "child": "child"} | gate.data
-    run = await family("m; b", m=parks, b=gate.broken).run({}, executor)
+@pytest.mark.parametrize("what", PARKS)
+async def test_a_failed_run_parks_no_more_for(executor: Any, gate: Gate, what: str) -> None:
+    run = await family("a; b", a=PARKS[what] | gate.data, b=gate.broken).run({}, executor)
     await wait_until(lambda: is_status(run, FAILED))
 
-    gate.open("m")
+    gate.open("a")
     await wait_until(lambda: at_rest(run))
 
     told = [event["event"] for event in (await end_of(run)).events]
     assert told == ["started", "failed"]
-
-
-@own_executors
-async def test_a_failed_run_asks_nothing(executor: Any, gate: Gate) -> None:
-    parks = {"type": "idle", "question": "Good?"} | gate.data
-    run = await flow("w; b", w=parks, b=gate.broken).run({}, executor)
-    await wait_until(lambda: is_status(run, FAILED))
-
-    gate.open("w")
-    await wait_until(lambda: at_rest(run))
-
-    with pytest.raises(RunError, match="does not wait for an answer"):
-        await run.answer("w", "yes")
 
 
 @own_executors
@@ -1757,7 +1745,7 @@ NO_JSON = {
 async def test_a_value_is_json_of_at_most_1_mib_or_the_nodes_error(
     executor: Any, what: str
 ) -> None:
-    end = await same(executor, one("odd", what=what, config={"retries": 0}))
+    end = await same(executor, one("odd", what=what, **ONCE))
 
     refused = "node \"a\": ValueError: the value of 'a' "
     if what in NO_JSON:
@@ -1984,26 +1972,22 @@ async def test_what_a_run_tells_of_itself_is_a_copy(executor: Any, gate: Gate) -
     await opened(gate, run, gated)
 
 
-@own_executors
-async def test_an_answer_that_is_not_json_leaves_the_question(executor: Any) -> None:
-    run = await flow(APPROVAL, w=WAIT).run({}, executor)
-    await question_of(run)
-
-    with pytest.raises(ValueError, match="the answer is not JSON"):
-        await run.answer("w", {1})
-    await run.answer("w", "approve")
-
-    assert (await end_of(run)).done == activations("a w:approve b")
+NO_ANSWERS = {
+    "is not JSON": ({1}, "approve"),
+    "has 1,048,577 characters": ("x" * (agentflow.MAX_VALUE - 1), "x" * (agentflow.MAX_VALUE - 2)),
+}
 
 
 @own_executors
-async def test_an_answer_may_be_as_large_as_any_value(executor: Any) -> None:
+@pytest.mark.parametrize("why", NO_ANSWERS)
+async def test_a_question_stays_if_its_answer_is_no_value(executor: Any, why: str) -> None:
+    wrong, right = NO_ANSWERS[why]
     run = await flow(APPROVAL, w=WAIT).run({}, executor)
     await question_of(run)
 
-    with pytest.raises(ValueError, match="the answer has"):
-        await run.answer("w", "x" * (agentflow.MAX_VALUE - 1))
-    await run.answer("w", "x" * (agentflow.MAX_VALUE - 2))
+    with pytest.raises(ValueError, match=f"the answer {why}"):
+        await run.answer("w", wrong)
+    await run.answer("w", right)
 
     assert (await end_of(run)).done == activations("a w:approve b")
 
@@ -2020,17 +2004,19 @@ async def test_a_question_and_an_error_may_hold_what_is_not_unicode(executor: An
     assert failed.status == FAILED and failed.error.endswith("not \\ud83d")
 
 
-async def test_a_node_that_parks_for_nothing_has_failed(executor: Any) -> None:
-    end = await same(executor, one("idle"))
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({}, "it parks for either children or a question that is not empty"),
+        ({"child": "child"}, 'it starts "child", which its runs() does not name'),
+    ],
+    ids=["nothing", "a flow that its runs does not name"],
+)
+async def test_a_node_that_parks_for_what_it_may_not_has_failed(
+    executor: Any, given: Any, said: str
+) -> None:
+    end = await same(executor, family("a", a={"type": "idle"} | given))
 
-    said = "it parks for either children or a question that is not empty"
-    assert (end.status, end.error) == (FAILED, f'node "a": {said}')
-
-
-async def test_a_node_starts_no_flow_that_its_runs_does_not_name(executor: Any) -> None:
-    end = await same(executor, family("a", a={"type": "idle", "child": "child"}))
-
-    said = 'it starts "child", which its runs() does not name'
     assert (end.status, end.error) == (FAILED, f'node "a": {said}')
 
 
@@ -2045,17 +2031,15 @@ async def test_a_node_parks_once_an_activation(executor: Any) -> None:
     assert (await end_of(run)).error == f'node "a": {said}'
 
 
-@pytest.mark.parametrize("tokens", [0.5, True, 2**53 + 1, -(10**30)])
-async def test_a_node_that_has_used_what_is_no_count_has_failed(executor: Any, tokens: Any) -> None:
-    end = await same(executor, one("spender", tokens=tokens))
-
-    said = 'node "a": ValueError: its usage is whole tokens by kind, not '
-    assert end.status == FAILED and end.error.startswith(said)
+NO_USAGE = [("total", number) for number in (0.5, True, 2**53 + 1, -(10**30))]
+NO_USAGE += [(kind, 1) for kind in (None, 1, "\ud800", "a\nb")]
 
 
-@pytest.mark.parametrize("kind", [None, 1, "\ud800", "a\nb"])
-async def test_a_node_that_has_used_what_has_no_name_has_failed(executor: Any, kind: Any) -> None:
-    end = await same(executor, one("spender", tokens=1, kind=kind))
+@pytest.mark.parametrize("kind, tokens", NO_USAGE, ids=ascii)
+async def test_a_node_that_has_used_what_has_no_name_or_is_no_count_has_failed(
+    executor: Any, kind: Any, tokens: Any
+) -> None:
+    end = await same(executor, one("spender", kind=kind, tokens=tokens))
 
     said = 'node "a": ValueError: its usage is whole tokens by kind, not '
     assert end.status == FAILED and end.error.startswith(said)
@@ -2069,14 +2053,10 @@ async def test_usage_that_is_no_count_is_left_out_where_an_edge_carries_the_erro
     assert (end.status, end.usage) == (COMPLETED, {})
 
 
-@pytest.mark.parametrize("step", ["prep", "exec", "post"])
-async def test_a_node_that_cancels_itself_has_failed(executor: Any, step: str) -> None:
-    end = await same(executor, one("cancelling", step=step))
-
-    assert (end.status, end.error) == (FAILED, 'node "a": it has cancelled itself')
-
-
-ENDS = ["panic", "time-out", "fail", "ask", "close", "exit", "exit at once"]
+CANCELS = ["cancel in prep", "cancel in exec", "cancel in post", "ask", "time-out"]
+ENDS = dict.fromkeys(CANCELS, "it has cancelled itself")
+ENDS |= {"fail": "it has failed", "panic": "Panic: ", "close": "it raises GeneratorExit()"}
+ENDS |= dict.fromkeys(["exit", "exit at once"], "it raises SystemExit('no such option')")
 
 
 @pytest.mark.parametrize("how", ENDS)
@@ -2084,23 +2064,18 @@ async def test_a_node_that_ends_its_task_has_failed_like_any_other(executor: Any
     end = await same(executor, flow("a -error-> b", a={"type": "breaking", "how": how}))
 
     assert end.done == activations("a:error b")
-
-
-async def test_a_node_that_would_end_the_process_has_failed_and_says_so(executor: Any) -> None:
-    end = await same(executor, one("breaking", how="exit"))
-
-    assert end.error == "node \"a\": it raises SystemExit('no such option')"
+    assert end.context["a"] == f'node "a": {ENDS[how]}'
 
 
 @own_executors
 async def test_an_error_that_cannot_be_told_does_not_hang_its_run(executor: Any) -> None:
-    mute = one("breaking", how="mute", config={"retries": 0})
+    mute = one("breaking", how="mute", **ONCE)
 
     assert (await end_of(await mute.run({}, executor))).status == FAILED
 
 
 async def test_an_error_that_cannot_be_told_is_in_the_log() -> None:
-    run = await one("breaking", how="mute", config={"retries": 0}).run()
+    run = await one("breaking", how="mute", **ONCE).run()
     end = await end_of(run)
 
     [told] = await asyncio.gather(*run.tasks, return_exceptions=True)  # what asyncio would log
@@ -2110,7 +2085,7 @@ async def test_an_error_that_cannot_be_told_is_in_the_log() -> None:
 
 async def test_what_a_node_does_to_its_task_is_not_held_against_the_next(executor: Any) -> None:
     hears_nothing = {"type": "breaking", "how": "hear nothing"}
-    cancels = {"type": "cancelling", "step": "exec"}
+    cancels = {"type": "breaking", "how": "cancel in exec"}
 
     end = await same(executor, flow("a -> b; b -error-> c", a=hears_nothing, b=cancels))
 
@@ -2556,7 +2531,7 @@ async def test_without_otherwise_a_wrong_label_is_an_error_that_shows_it(
     executor: Any, model: Model
 ) -> None:
     model.script["Which"] = ["untrue"] * 6
-    data = ROUTE | {"type": "llm-condition", "config": {"retries": 0}}
+    data = ROUTE | ONCE | {"type": "llm-condition"}
 
     end = await end_of(await flow("a -true-> b; a -false-> c", a=data).run({}, executor))
 
@@ -2763,29 +2738,15 @@ async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate
     assert len(gate.begun("a")) == 2  # here and in memory
 
 
-async def test_a_node_without_retries_is_not_started_again_when_its_worker_dies(
-    space: Space, gate: Gate
+@pytest.mark.parametrize("how", ["dies", "stops past its grace"])
+async def test_a_node_without_retries_is_not_started_again_when_its_worker_ends(
+    space: Space, gate: Gate, how: str
 ) -> None:
-    gated = flow("a -> b", a=gate.data | {"config": {"retries": 0}})
-    worker = space.process()
-    run = await gated.run({}, space.executor)
-    await gate.reached("a")
-
-    worker.kill()
-    space.process()
-    end = await end_of(run)
-
-    assert end.error == 'node "a": 1 workers ended or erred with it; see their logs'
-    assert len(gate.begun("a")) == 1
-
-
-async def test_nor_is_it_when_its_worker_stops_past_its_grace(space: Space, gate: Gate) -> None:
-    gated = flow("a -> b", a=gate.data | {"config": {"retries": 0}})
     worker = space.process(grace=0.1)
-    run = await gated.run({}, space.executor)
+    run = await flow("a -> b", a=gate.data | ONCE).run({}, space.executor)
     await gate.reached("a")
 
-    await worker.stop()
+    worker.kill() if how == "dies" else await worker.stop()
     space.process()
     end = await end_of(run)
 
@@ -2796,8 +2757,7 @@ async def test_nor_is_it_when_its_worker_stops_past_its_grace(space: Space, gate
 async def test_nor_is_it_by_a_resume_of_a_run_that_had_failed_before(
     space: Space, gate: Gate
 ) -> None:
-    once = gate.data | {"config": {"retries": 0}}
-    both = flow("a b -> c", a=once, b=gate.broken)
+    both = flow("a b -> c", a=gate.data | ONCE, b=gate.broken)
     worker = space.process()
     run = await both.run({}, space.executor)
     await gate.reached("a")
@@ -3398,7 +3358,7 @@ async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(spac
 async def test_a_job_that_was_taken_away_before_its_worker_heard_of_it_does_not_begin(
     space: Space, gate: Gate
 ) -> None:
-    gated = flow("a", a=gate.data | {"config": {"retries": 0}})
+    gated = flow("a", a=gate.data | ONCE)
 
     async with Swallower(space.server, asyncio.Event()) as way:
         slow = space.worker(space.url.replace(str(space.server.port), str(way.port)), beat=0.2)
@@ -3833,9 +3793,8 @@ async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> N
 async def test_a_child_that_outlives_its_root_leaves_nothing_of_it(
     space: Space, gate: Gate, caplog: Any
 ) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
     slow = {"type": "spender", "tokens": 1}
-    child = graph("w -good-> x -> s; w -bad-> y", w=by_item, x=gate.data, y=gate.broken, s=slow)
+    child = graph("w -good-> x -> s; w -bad-> y", w=BY_ITEM, x=gate.data, y=gate.broken, s=slow)
     graphs = {"flow": graph("m -error-> z", m=MAP), "child": child}
     worker = space.worker()
     run = await Registry(graphs)["flow"].run({"items": ["good", "bad"]}, space.executor)
@@ -4026,7 +3985,7 @@ async def test_what_comes_into_the_list_of_a_worker_that_has_left_is_found(space
 async def test_a_worker_may_die_between_starting_a_child_and_parking(
     space: Space, gate: Gate
 ) -> None:
-    parent = family("s -> b", s=SUB, c_x=gate.data | {"holds": 0})
+    parent = family("s -> b", s=SUB, c_x=gate.noted)
     run = await parent.run({}, space.executor)
     hand = Hand(space, parent, run)  # which is dead
     await hand.start_child(hand.take("s"))
@@ -4118,12 +4077,11 @@ async def test_a_wide_map_is_cancelled_in_a_few_exchanges_and_so_is_its_workers_
 async def test_a_cancel_reaches_what_a_child_that_has_ended_has_left_running(
     space: Space, gate: Gate
 ) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "slow"}
     deep = Registry(
         {
             "top": graph("s -> z", s=SUB | {"workflowId": "middle"}, z=gate.data),
             "middle": graph("m -error-> o", m=MAP | {"inputs": {"list": "items"}}),
-            "child": graph("w -bad-> x; w -slow-> y", w=by_item, x=gate.broken, y=gate.data),
+            "child": graph("w -bad-> x; w -slow-> y", w=BY_ITEM, x=gate.broken, y=gate.data),
         }
     )
     space.worker()
@@ -4182,8 +4140,8 @@ async def test_what_fails_in_a_cancelled_run_leaves_nothing(space: Space) -> Non
 
 
 async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, gate: Gate) -> None:
-    noted = gate.data | {"holds": 0}
-    failing = flow("s -> a b -> c -> d", s=noted, a=noted, b=noted | gate.broken, c=noted)
+    noted = dict.fromkeys("sabc", gate.noted)
+    failing = flow("s -> a b -> c -> d", **noted | {"b": gate.noted | gate.broken})
     space.worker()
     run = await failing.run({}, space.executor)
     failed = await end_of(run)
@@ -4199,7 +4157,7 @@ async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, ga
 
 
 async def test_a_failed_run_begins_nothing_more(space: Space, gate: Gate) -> None:
-    failing = flow("a b", a=gate.broken, b=gate.data | {"holds": 0})
+    failing = flow("a b", a=gate.broken, b=gate.noted)
     local = await failing.run({}, InMemoryExecutor(concurrency=1))
     await end_of(local)
     await asyncio.gather(*local.tasks)
@@ -4253,8 +4211,7 @@ async def test_a_resume_goes_on_from_one_moment_although_the_run_is_looked_at_me
 async def test_a_resume_does_not_start_again_what_a_worker_still_runs(
     space: Space, gate: Gate
 ) -> None:
-    once = gate.data | {"config": {"retries": 0}}
-    failing = flow("a b -> c", a=once, b=gate.broken)
+    failing = flow("a b -> c", a=gate.data | ONCE, b=gate.broken)
     space.worker(), space.worker()
     run = await failing.run({}, space.executor)
     await gate.reached("a")
@@ -4274,12 +4231,10 @@ async def test_a_resume_does_not_start_again_what_a_worker_still_runs(
 async def test_a_resumed_run_resumes_its_failed_children_and_only_those(
     space: Space, gate: Gate
 ) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "two"}
-    noted = gate.data | {"holds": 0}
     deep = Registry(
         {
             "top": graph("m -> b", m=MAP | {"workflowId": "middle"}),
-            "middle": graph("w -one-> s; w -two-> z", w=by_item, s=SUB, z=noted),
+            "middle": graph("w -one-> s; w -two-> z", w=BY_ITEM, s=SUB, z=gate.noted),
             "child": graph("x -> y", y=gate.broken),
         }
     )
@@ -4316,8 +4271,7 @@ async def test_a_parent_is_told_when_its_failed_child_is_cancelled(
 async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(
     space: Space, gate: Gate
 ) -> None:
-    noted = gate.data | {"holds": 0}
-    going_on = family("s -error-> z", s=SUB, z=gate.broken, c_x=noted | gate.broken)
+    going_on = family("s -error-> z", s=SUB, z=gate.broken, c_x=gate.noted | gate.broken)
     space.worker()
     run = await going_on.run({}, space.executor)
     await end_of(run)
@@ -4334,9 +4288,7 @@ async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(
 async def test_a_map_that_is_delivered_again_starts_no_child_again_and_no_more(
     space: Space, gate: Gate, now: list[str]
 ) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
-    noted = gate.data | {"holds": 0}
-    child = graph("w -good-> x; w -bad-> q; q -approve-> z", w=by_item, x=noted, q=WAIT)
+    child = graph("w -good-> x; w -bad-> q; q -approve-> z", w=BY_ITEM, x=gate.noted, q=WAIT)
     space.worker()
     run = await Registry({"flow": graph("m", m=MAP), "child": child})["flow"].run(
         {"items": ["good", "bad"]}, space.executor
@@ -4361,10 +4313,8 @@ async def test_a_map_that_is_delivered_again_starts_no_child_again_and_no_more(
 async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
     space: Space, gate: Gate, now: Any
 ) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
-    noted = gate.data | {"holds": 0}
     lines = "w -good-> x; w -bad-> y -> q; q -approve-> z"
-    child = graph(lines, w=by_item, x=noted, y=gate.broken, q=WAIT)
+    child = graph(lines, w=BY_ITEM, x=gate.noted, y=gate.broken, q=WAIT)
     graphs = {"flow": graph("m", m=MAP), "child": child}
     space.worker()
     run = await Registry(graphs)["flow"].run({"items": ["good", "bad"]}, space.executor)
@@ -4383,7 +4333,7 @@ async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
 
 
 async def test_a_resume_of_a_child_that_fails_again_at_once_ends(space: Space, gate: Gate) -> None:
-    parent = family("s", s=SUB, c_x=gate.data | gate.broken | {"holds": 0})
+    parent = family("s", s=SUB, c_x=gate.noted | gate.broken)
     space.worker()
     run = await parent.run({}, space.executor)
     await end_of(run)
@@ -5558,12 +5508,12 @@ async def test_a_strange_run_id_finds_nothing_and_touches_nothing(shell: Shell) 
 async def test_control_characters_of_a_model_reach_no_terminal(shell: Shell, model: Model) -> None:
     oops = (500, {}, json.dumps({"error": {"message": EVIL}}))
     model.script |= {"Ada": [EVIL] * 2, "Bob": [oops] * 2, "Which": [EVIL] * 4, "Eve": [EVIL] * 2}
-    once, twice = {"config": {"retries": 0}}, {"config": {"retries": 1}}
+    twice = {"config": {"retries": 1}}
     evil = graph(
         "a -> w; w -go-> z; b e r -error-> x; r -left-> z; r -right-> z",
         a=ASK,
         b=ASK | {"promptTemplate": "Greet Bob."} | twice,
-        r=ROUTE | once,
+        r=ROUTE | ONCE,
         e=ASK | {"promptTemplate": "Greet Eve.", "parse": "json"} | twice,
         w=WAIT | {"question": "Is {{a}} good?", "inputs": {"a": "a"}, "otherwise": "go"},
         z=TEXT | {"outputKey": "z"},
