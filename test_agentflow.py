@@ -1004,27 +1004,6 @@ async def committed_once(space: Space, run: RedisRun, flow: agentflow.Flow) -> E
     return end
 
 
-async def at_once(space: Space, count: int, steer: Any) -> list[Any]:
-    """What comes of a command that several clients, which are numbered, give at the same time."""
-    others = [RedisExecutor(space.url, space.namespace) for _ in range(count)]
-    for other in others:
-        await other.open()
-    steps = [steer(i, other) for i, other in enumerate(others)]
-    told = await asyncio.gather(*steps, return_exceptions=True)
-    for other in others:
-        await other.link.close()
-    return [*told]
-
-
-async def can_answer(run: RedisRun, node: str) -> bool:
-    """Answer a question, if it is asked yet."""
-    try:
-        await run.answer(node, "yes")
-    except RunError:
-        return False
-    return True
-
-
 @pytest.fixture
 async def space(server: Server, tmp_path: Path) -> Any:
     space = Space(server, tmp_path)
@@ -4646,19 +4625,17 @@ async def test_of_a_command_given_five_times_at_once_one_counts(
     await question_of(run)
     await wait_until(lambda: not broken or is_status(run, FAILED))
     gate.mend()
+    found = [await space.client().find(run.id) for _ in range(5)]
+    given = [["w", f"answer {i}"] if command == "answer" else [] for i in range(5)]
 
-    async def steer(i: int, executor: RedisExecutor) -> None:
-        found = await executor.find(run.id)
-        given = ["w", f"answer {i}"] if command == "answer" else []
-        await getattr(found, command)(*given)
-
-    told = await at_once(space, 5, steer)
+    steps = [getattr(each, command)(*more) for each, more in zip(found, given, strict=True)]
+    told = await asyncio.gather(*steps, return_exceptions=True)
 
     assert told.count(None) == 1 and [type(each) for each in told].count(RunError) == 4, told
     noted = [each["event"] for each in space.events(run.id) if each["run"] == run.id]
     assert noted.count(event) == 1
     if command == "resume":
-        await wait_until(lambda: can_answer(run, "w"))
+        await run.answer("w", "yes")
     if command != "cancel":
         end = await end_of(run)
         child = ["child.final_output#1:default", "child.x#1:default"]
