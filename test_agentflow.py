@@ -1797,18 +1797,6 @@ async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor: Any) ->
     assert end.context.keys() == {"one", "two"}
 
 
-async def test_a_flow_may_run_itself_if_a_node_chooses_between_that_and_nothing(
-    executor: Any,
-) -> None:
-    more = {"type": "switch", "inputs": {"value": "left/0"}, "otherwise": "default"}
-    again = SUB | {"workflowId": "flow", "inputs": {"left": "left/1"}}
-    recursive = flow("more -yes-> again", {"left": ["yes", ["no"]]}, more=more, again=again)
-
-    end = await same(executor, recursive)
-
-    assert end.done == ["flow.again#1:default", "flow.more#1:default", "flow.more#1:yes"]
-
-
 async def test_children_may_come_from_a_generator_and_name_their_keys_in_any_order(
     executor: Any,
 ) -> None:
@@ -1833,33 +1821,21 @@ async def test_a_childs_failure_takes_its_parents_error_edge(executor: Any, gate
     assert end.done == ["flow.b#1:default", "flow.s#1:error"]
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 30])
-async def test_a_map_gives_its_childrens_results_in_the_order_of_the_list(
-    executor: Any, count: int
-) -> None:
+async def test_a_map_gives_its_childrens_results_in_the_order_of_the_list(executor: Any) -> None:
     mapped = family("m -> b", m=MAP, c_x=ITEM)
-    items = [f"item {i}" for i in range(count)]
+    items = [f"item {i}" for i in range(30)]
 
     end = await same(executor, mapped, {"items": items})
 
     alone = [await in_memory(mapped, {"items": [item]}) for item in items]
     assert end.context["m"] == [found.context["m"][0] for found in alone]
-    assert end.done.count("child.x#1:default") == count
+    assert end.done.count("child.x#1:default") == 30
 
 
 async def test_a_map_over_what_is_no_list_is_an_error(executor: Any) -> None:
     end = await same(executor, family("m", m=MAP, c_x=ITEM), {"items": "abc"})
 
     assert end.error == 'node "m": "items" must be a list, not abc'
-
-
-async def test_a_map_in_a_loop_has_new_children_in_each_round(executor: Any) -> None:
-    rounds = {"actions": ["more", "done"]}
-    mapped = family("m -> b; b -more-> m; b -done-> c", m=MAP, b=rounds, c_x=ITEM)
-
-    end = await same(executor, mapped, {"items": [1, 2]})
-
-    assert end.done.count("child.x#1:default") == 4
 
 
 async def test_runs_are_nested_16_deep_at_most(executor: Any) -> None:
@@ -1909,19 +1885,6 @@ async def test_what_is_nested_16_deep_may_still_ask() -> None:
     outcome = await execute(one("idle", question="Good?").nodes["a"], ctx, quiet)
 
     assert isinstance(outcome, Park)
-
-
-@own_executors
-async def test_a_remark_leads_to_another_round_which_asks_anew(executor: Any) -> None:
-    asking = flow("a -> w; w -change-> a; w -approve-> b", w=WAIT | {"otherwise": "change"})
-    run = await asking.run({}, executor)
-
-    for count, answer in enumerate(["shorter", "approve"], 1):
-        await question_of(run, count)
-        await run.answer("w", answer)
-    end = await end_of(run)
-
-    assert end.done == activations("a w:change a#2 w#2:approve b")
 
 
 @own_executors
@@ -2108,7 +2071,6 @@ TYPE = '$.nodes[0].type: there is no node type "pur"; did you mean "pure"? (--im
 # Each with its findings, after the file's name.
 BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
     "a list": ([], "$: must be an object, not []"),
-    "a number": (5, "$: must be an object, not 5"),
     "nothing in it": ({}, "$.nodes: is missing; it must be a list"),
     "no nodes": (pures(), SIZE),
     "too many nodes": (pures(*range(2001)), SIZE),
@@ -2146,15 +2108,16 @@ BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
         graph("a", a={"aktions": []}),
         '$.nodes[0].data.aktions: is not a field here; did you mean "actions"?',
     ),
-    "numbers of the wrong kind": (
-        graph("a", a={"config": {"retries": True, "timeout": -1}}),
+    "numbers of the wrong kind or size": (
+        graph(
+            "a b",
+            a={"config": {"retries": True, "timeout": -1}},
+            b={"config": {"retries": "2", "timeout": 1e9}},
+        ),
         "$.nodes[0].config.retries: must be a whole number from 0 to 1000, not true",
         "$.nodes[0].config.timeout: must be seconds, at most 86400, not -1",
-    ),
-    "a number as a string, a huge timeout": (
-        graph("a", a={"config": {"retries": "2", "timeout": 1e9}}),
-        '$.nodes[0].config.retries: must be a whole number from 0 to 1000, not "2"',
-        "$.nodes[0].config.timeout: must be seconds, at most 86400, not 1000000000.0",
+        '$.nodes[1].config.retries: must be a whole number from 0 to 1000, not "2"',
+        "$.nodes[1].config.timeout: must be seconds, at most 86400, not 1000000000.0",
     ),
     "inputs as a list": (
         graph("a", a={"inputs": ["x"]}),
@@ -2261,6 +2224,9 @@ GOOD_GRAPHS = {
     ),
     "a flow that may run itself": graph(
         "a -more-> s; a -done-> z", a={"type": "countdown"}, s=SUB | {"workflowId": "flow"}
+    ),
+    "a flow that may run itself, or nothing": graph(
+        "a -more-> s", a=SWITCH | {"otherwise": "default"}, s=SUB | {"workflowId": "flow"}
     ),
 }
 
@@ -2536,10 +2502,10 @@ SCHEMES = [
 
 
 @pytest.mark.parametrize("url", SCHEMES)
-async def test_a_request_goes_to_http_and_https_only(executor: Any, url: str) -> None:
+async def test_a_request_goes_to_http_and_https_only(url: str) -> None:
     asks = HTTP | {"url": url, "inputs": {"v": "v"}}
 
-    end = await same(executor, flow("a", {"v": "file:///etc/passwd"}, a=asks))
+    end = await in_memory(flow("a", {"v": "file:///etc/passwd"}, a=asks))
 
     assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
 
@@ -2552,12 +2518,10 @@ async def test_a_url_without_a_host_or_port_is_said_to_be_none(host: str) -> Non
 
 
 @pytest.mark.parametrize("value", ["a\r\nEvil: yes", "a\nb", "\0", "\x7f", "a\u2028b", "\x85"])
-async def test_a_header_takes_no_control_characters(
-    executor: Any, model: Model, value: str
-) -> None:
+async def test_a_header_takes_no_control_characters(model: Model, value: str) -> None:
     data = {"url": model.url, "method": "post", "headers": {"x-y": "{{v}}"}, "inputs": {"v": "v"}}
 
-    end = await same(executor, flow("a", {"v": value}, a=HTTP | data))
+    end = await in_memory(flow("a", {"v": value}, a=HTTP | data))
 
     assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
     assert not model.asked
@@ -5394,10 +5358,10 @@ NOT_IN = ["a/__class__", "a/0/__class__", "a/-2", "__builtins__", "a/append", "a
 
 
 @pytest.mark.parametrize("path", NOT_IN)
-async def test_a_path_reads_json_and_no_attribute(executor: Any, path: str) -> None:
+async def test_a_path_reads_json_and_no_attribute(path: str) -> None:
     shown = TEXT | {"promptTemplate": "{{v}}", "inputs": {"v": [path, "a/1"]}}
 
-    end = await same(executor, flow("o", {"a": [{"b": "x"}]}, o=shown))
+    end = await in_memory(flow("o", {"a": [{"b": "x"}]}, o=shown))
 
     assert end.error == 'node "o": {{v}} has no value in the context; give it as an input'
 
