@@ -2614,7 +2614,7 @@ def test_the_page_of_patterns_is_drawn_from_the_graphs() -> None:
 # A gate makes the moment certain at which a worker is killed, frozen or cut off.
 
 
-# Killed and stopped.
+# Killed.
 
 
 async def test_a_dead_workers_job_is_run_by_another(space: Space, gate: Gate) -> None:
@@ -2642,6 +2642,53 @@ async def test_a_parked_jobs_worker_may_die(space: Space, gate: Gate) -> None:
     space.process()
 
     await as_in_memory(run, gated, items)
+
+
+async def test_a_worker_may_die_between_starting_a_child_and_parking(
+    space: Space, gate: Gate
+) -> None:
+    parent = family("s -> b", s=SUB, c_x=gate.noted)
+    run = await parent.run({}, space.executor)
+    hand = Hand(space, parent, run)  # which is dead
+    await hand.start_child(hand.take("s"))
+
+    space.worker()
+
+    await committed_once(space, run, parent)
+    assert len(gate.begun("x")) == 2  # here and in memory
+
+
+async def test_a_map_that_was_begun_with_more_children_does_not_wait_for_them(
+    space: Space,
+) -> None:
+    mapped = family("m -> b", m=MAP, c_x=ITEM)
+    run = await mapped.run({"items": [1]}, space.executor)
+    hand = Hand(space, mapped, run)  # which dies after the first of two children
+    await hand.start_child(hand.take("m"), {"item": 1}, count=2)
+
+    space.worker(lease=0.3)
+    failed = await end_of(run)
+    await run.resume({"items": [1, 2]})
+
+    why = "its prep now gives 1, and not all that it gave at first were started"
+    assert failed.error == f'node "m": children are missing: {why}'
+    await as_in_memory(run, mapped, {"items": [1, 2]})
+
+
+async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Space) -> None:
+    parent = family("s -> b", s=SUB)
+    run = await parent.run({}, space.executor)
+    hand = Hand(space, parent, run, alive=100)
+    job = hand.take("s")
+    child = await hand.start_child(job)
+    space.worker()
+    await wait_until(lambda: is_status(child, COMPLETED))
+    assert space.lists() == [job] and not (await run.status()).context  # not queued as well
+
+    event = hand.view.event("parked", node="s")
+    await hand.view.change(RELEASE, job=job, count=1, question="", event=event)
+
+    assert (await end_of(run)).meaning == (await in_memory(parent)).meaning
 
 
 async def test_what_is_reaped_is_moved_and_not_copied(space: Space, gate: Gate) -> None:
@@ -2672,6 +2719,50 @@ async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate
     assert f"crashes {job}" not in space.redis.hgetall(run.keys[0])
     await opened(gate, run, gated)
     assert len(gate.begun("a")) == 2  # here and in memory
+
+
+async def test_a_worker_does_not_reap_itself(space: Space) -> None:
+    await flow("a").run({}, space.executor)
+    worker = space.still()
+    await worker._beat()
+    job = space.deliver(worker.id)
+
+    space.expire()
+    worker.executor.link.settled_at -= 61
+    await worker._reap()
+
+    assert space.redis.lrange(worker.processing, 0, -1) == [job] and not worker.counts["reaped"]
+
+
+async def test_however_many_workers_are_dead_a_living_one_beats_in_time(space: Space) -> None:
+    for number in range(30):
+        await flow("a").run({}, space.executor)
+        space.deliver(f"host-{number}-abcdef")
+        space.redis.zadd(space.key("workers"), {f"host-{number}-abcdef": time.time()})
+    worker = space.still(beat=0.2)
+    worker.executor.link.settled_at -= 10
+    found = exchanges(worker.executor.link)
+
+    tick = asyncio.create_task(worker._tick())
+    await wait_until(lambda: worker.counts["reaped"] == 30)
+
+    assert len(found) <= 5
+    worker._leaving = True
+    await tick
+
+
+async def test_what_the_dead_leave_of_no_run_is_dropped_and_who_leaves_nothing_is_not_spoken_of(
+    space: Space, caplog: Any
+) -> None:
+    empty, dead = "host-1-abcdef", "host-2-abcdef"
+    space.redis.zadd(space.key("workers"), dict.fromkeys((empty, dead), time.time()))
+    space.redis.lpush(space.key("processing", dead), "none/a/x")
+
+    worker = space.worker(lease=0.3)
+    await wait_until(lambda: worker.counts["reaped"] == 1)
+
+    assert not space.redis.exists(space.key("run", "none")) and not space.lists()
+    assert f"{dead} is dead" in caplog.text and empty not in caplog.text
 
 
 @pytest.mark.parametrize("how", ["dies", "stops past its grace"])
@@ -2732,46 +2823,21 @@ async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space)
     assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
 
 
-async def test_a_worker_runs_no_more_at_once_than_it_may(space: Space, gate: Gate) -> None:
-    wide = flow("s -> a b c d", **dict.fromkeys("sabcd", gate.data))
-    await wide.run({}, space.executor), await wide.run({}, space.executor)
-    space.worker(concurrency=5)
-    await gate.reached("s", 2)
+async def test_a_job_that_killed_five_workers_fails_at_once_and_before_its_flow_is_built(
+    space: Space, gate: Gate
+) -> None:
+    await flow("b", b=gate.data).run({}, space.executor)  # for which it does not wait
+    run = await one("numbered").run({}, space.executor)
+    space.charge(run, crashes=5)
+    made = Numbered.made
 
-    gate.open("s")  # for both, so that both may want the three free slots
-    await wait_until(lambda: sum(len(gate.begun(node)) for node in "abcd") == 5)
+    space.worker()
+    end = await end_of(run)
 
-    await wait_until(lambda: space.redis.llen(space.key("ready")) == 3)  # what has come too much
-    assert sum(len(gate.begun(node)) for node in "abcd") == 5
-
-
-async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space: Space) -> None:
-    spending = flow("a -> b c d", a={"type": "spender", "tokens": 1})
-    run = await spending.run({}, space.executor)
-    usage = space.key("run", run.id), "usage total"
-    space.redis.hset(*usage, "not a number")
-    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
-
-    await wait_until(lambda: space.redis.hget(usage[0], "status") == FAILED)
-
-    assert space.redis.hdel(*usage) and worker.held == {}
-    end = await run.status()
-    assert end.error == 'node "a": 5 workers ended or erred with it; see their logs'
+    assert "5 workers ended or erred with it" in end.error and Numbered.made == made
 
 
-async def test_a_job_that_no_worker_can_read_comes_once_a_second(space: Space) -> None:
-    both = flow("a -> b")
-    run = await both.run({}, space.executor)
-    key, origin = run.keys[0], space.redis.hget(run.keys[0], "origin")
-    space.redis.hset(key, "origin", '{"shape": "of another version"}')
-    worker, begun = space.worker(), time.monotonic()
-
-    await wait_until(lambda: any(value == "2" for value in space.redis.hgetall(key).values()))
-    took = time.monotonic() - begun
-    space.redis.hset(key, "origin", origin)
-
-    assert took > 1.9 and worker.counts["audited"] == 0
-    await committed_once(space, run, both)
+# Killed twice: a job that may be to blame runs alone.
 
 
 async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate) -> None:
@@ -2818,20 +2884,6 @@ async def test_jobs_that_are_lost_together_are_charged_until_they_have_crashed_t
     await committed_once(space, run, both)
 
     assert [space.redis.hget(run.keys[0], f"crashes {job}") for job in (a, b)] == ["1", "2"]
-
-
-async def test_what_the_dead_leave_of_no_run_is_dropped_and_who_leaves_nothing_is_not_spoken_of(
-    space: Space, caplog: Any
-) -> None:
-    empty, dead = "host-1-abcdef", "host-2-abcdef"
-    space.redis.zadd(space.key("workers"), dict.fromkeys((empty, dead), time.time()))
-    space.redis.lpush(space.key("processing", dead), "none/a/x")
-
-    worker = space.worker(lease=0.3)
-    await wait_until(lambda: worker.counts["reaped"] == 1)
-
-    assert not space.redis.exists(space.key("run", "none")) and not space.lists()
-    assert f"{dead} is dead" in caplog.text and empty not in caplog.text
 
 
 async def test_a_job_that_waits_to_be_alone_is_not_charged_with_what_others_do(
@@ -2892,20 +2944,6 @@ async def test_a_job_that_has_waited_to_be_alone_is_read_anew_and_not_before(spa
     assert ctx["x"] == "new" and len(found) == 3  # READ twice, and the graph
 
 
-async def test_a_job_that_killed_five_workers_fails_at_once_and_before_its_flow_is_built(
-    space: Space, gate: Gate
-) -> None:
-    await flow("b", b=gate.data).run({}, space.executor)  # for which it does not wait
-    run = await one("numbered").run({}, space.executor)
-    space.charge(run, crashes=5)
-    made = Numbered.made
-
-    space.worker()
-    end = await end_of(run)
-
-    assert "5 workers ended or erred with it" in end.error and Numbered.made == made
-
-
 async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(
     space: Space, gate: Gate
 ) -> None:
@@ -2921,30 +2959,7 @@ async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alo
     assert worker._suspect == "" and not gate.begun("a")  # else it would run nothing else any more
 
 
-async def test_each_job_of_a_worker_may_have_a_thread(space: Space, gate: Gate) -> None:
-    threaded = {"type": "threaded", "together": 40, "config": {"retries": 0, "timeout": 20}}
-    wide = flow(
-        " ".join(f"n{i}" for i in range(40)), **{f"n{i}": threaded | gate.data for i in range(40)}
-    )
-    space.worker(concurrency=40)
-
-    run = await wide.run({}, space.executor)
-
-    assert (await end_of(run)).status == COMPLETED
-
-
-async def test_threads_of_calls_that_have_timed_out_leave_some_for_others(
-    space: Space, gate: Gate
-) -> None:
-    hangs = {"type": "threaded", "together": 100, "config": {"timeout": 0.05}} | gate.data
-    ends = {"type": "threaded", "together": 1, "config": {"timeout": 5}} | gate.data
-    chain = flow("a -error-> b; b -error-> c; c -error-> d", a=hangs, b=hangs, c=hangs, d=ends)
-    space.worker(concurrency=1)
-
-    end = await end_of(await chain.run({}, space.executor))
-    gate.open("a", "b", "c")
-
-    assert end.done == activations("a:error b:error c:error d")
+# Stopped.
 
 
 async def test_sigterm_lets_a_worker_finish_what_it_runs_and_take_no_more(
@@ -2965,17 +2980,6 @@ async def test_sigterm_lets_a_worker_finish_what_it_runs_and_take_no_more(
     space.process()
     await opened(gate, run, gated)
     assert len(gate.begun("a")) == 2  # here and in memory
-
-
-async def test_a_full_worker_gives_all_back_in_a_few_exchanges(space: Space, gate: Gate) -> None:
-    await family("m", m=MAP, c_x=gate.data).run({"items": [*range(40)]}, space.executor)
-    worker = space.worker(concurrency=40, beat=1, lease=60, grace=0)
-    await gate.reached("x", 40)
-    found = exchanges(worker.executor.link)
-
-    await space.stop(worker)
-
-    assert len(found) < 30 and len(space.lists()) == 40
 
 
 async def test_past_its_grace_a_stopping_worker_gives_its_jobs_back_uncharged(
@@ -3008,6 +3012,17 @@ async def test_a_worker_that_leaves_gives_back_also_what_it_never_heard_of(
     assert not any("crashes" in name for run in runs for name in space.redis.hkeys(run.keys[0]))
 
 
+async def test_a_full_worker_gives_all_back_in_a_few_exchanges(space: Space, gate: Gate) -> None:
+    await family("m", m=MAP, c_x=gate.data).run({"items": [*range(40)]}, space.executor)
+    worker = space.worker(concurrency=40, beat=1, lease=60, grace=0)
+    await gate.reached("x", 40)
+    found = exchanges(worker.executor.link)
+
+    await space.stop(worker)
+
+    assert len(found) < 30 and len(space.lists()) == 40
+
+
 async def test_what_is_given_back_is_taken_next(space: Space) -> None:
     hand = Hand(space, flow("a"), await flow("a").run({}, space.executor), alive=60)
     job = hand.take("a")
@@ -3028,21 +3043,65 @@ async def test_a_worker_that_has_left_does_not_show_that_it_lives(space: Space) 
     assert not space.redis.exists(space.key("worker", worker.id))
 
 
-async def test_a_worker_whose_command_redis_refuses_still_shows_that_it_lives(
-    space: Space,
+# At work.
+
+
+async def test_a_worker_that_nobody_disturbs_is_refused_nothing(space: Space) -> None:
+    worker = space.worker()
+    run = await flow("a -> b c -> d").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+    await space.stop(worker)
+
+    assert worker.counts == {"done": 4, "refused": 0, "audited": 0, "lost": 0, "reaped": 0}
+
+
+async def test_a_commit_ends_the_custody_of_its_jobs_at_once(space: Space) -> None:
+    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
+    run = await flow("a -> b c -> d").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+
+    assert space.redis.lrange(worker.processing, 0, -1) == []
+
+
+async def test_a_worker_runs_no_more_at_once_than_it_may(space: Space, gate: Gate) -> None:
+    wide = flow("s -> a b c d", **dict.fromkeys("sabcd", gate.data))
+    await wide.run({}, space.executor), await wide.run({}, space.executor)
+    space.worker(concurrency=5)
+    await gate.reached("s", 2)
+
+    gate.open("s")  # for both, so that both may want the three free slots
+    await wait_until(lambda: sum(len(gate.begun(node)) for node in "abcd") == 5)
+
+    await wait_until(lambda: space.redis.llen(space.key("ready")) == 3)  # what has come too much
+    assert sum(len(gate.begun(node)) for node in "abcd") == 5
+
+
+async def test_each_job_of_a_worker_may_have_a_thread(space: Space, gate: Gate) -> None:
+    threaded = {"type": "threaded", "together": 40, "config": {"retries": 0, "timeout": 20}}
+    wide = flow(
+        " ".join(f"n{i}" for i in range(40)), **{f"n{i}": threaded | gate.data for i in range(40)}
+    )
+    space.worker(concurrency=40)
+
+    run = await wide.run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_threads_of_calls_that_have_timed_out_leave_some_for_others(
+    space: Space, gate: Gate
 ) -> None:
-    worker, refused = space.worker(), []
+    hangs = {"type": "threaded", "together": 100, "config": {"timeout": 0.05}} | gate.data
+    ends = {"type": "threaded", "together": 1, "config": {"timeout": 5}} | gate.data
+    chain = flow("a -error-> b; b -error-> c; c -error-> d", a=hangs, b=hangs, c=hangs, d=ends)
+    space.worker(concurrency=1)
 
-    async def refuse() -> None:
-        refused.append(1)
-        raise exceptions.NoPermissionError
+    end = await end_of(await chain.run({}, space.executor))
+    gate.open("a", "b", "c")
 
-    worker._audit = refuse  # type: ignore[method-assign]
-    await wait_until(lambda: refused)
-    heartbeat = space.key("worker", worker.id)
-    space.redis.delete(heartbeat)
-
-    await wait_until(lambda: space.redis.exists(heartbeat))
+    assert end.done == activations("a:error b:error c:error d")
 
 
 async def test_a_worker_that_lacks_a_node_type_fails_the_run_which_can_be_resumed(
@@ -3085,6 +3144,20 @@ async def test_a_flow_that_cannot_be_built_fails_its_run_whatever_its_node_type_
     assert not worker.held
 
 
+async def test_a_run_whose_graph_is_gone_fails_and_may_be_resumed(space: Space) -> None:
+    run = await flow("a -> b").run({}, space.executor)
+    name = space.key("graph", run.origin.graph)
+    text = space.redis.getdel(name)
+    space.worker()
+    failed = await end_of(run)
+
+    space.redis.set(name, text, ex=86400)
+    await run.resume()
+
+    assert failed.error.endswith(f"its graph {run.origin.graph} is not in Redis")
+    assert (await end_of(run)).status == COMPLETED
+
+
 async def test_a_worker_keeps_the_newest_100_graphs_that_it_has_seen(space: Space) -> None:
     worker, text = space.still(), flow("a").bundle[1]
 
@@ -3095,14 +3168,50 @@ async def test_a_worker_keeps_the_newest_100_graphs_that_it_has_seen(space: Spac
     assert [*worker._registries] == [f"{i}" for i in range(1, 101)]
 
 
-async def test_a_worker_that_nobody_disturbs_is_refused_nothing(space: Space) -> None:
-    worker = space.worker()
-    run = await flow("a -> b c -> d").run({}, space.executor)
+async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space: Space) -> None:
+    spending = flow("a -> b c d", a={"type": "spender", "tokens": 1})
+    run = await spending.run({}, space.executor)
+    usage = space.key("run", run.id), "usage total"
+    space.redis.hset(*usage, "not a number")
+    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
 
-    assert (await end_of(run)).status == COMPLETED
-    await space.stop(worker)
+    await wait_until(lambda: space.redis.hget(usage[0], "status") == FAILED)
 
-    assert worker.counts == {"done": 4, "refused": 0, "audited": 0, "lost": 0, "reaped": 0}
+    assert space.redis.hdel(*usage) and worker.held == {}
+    end = await run.status()
+    assert end.error == 'node "a": 5 workers ended or erred with it; see their logs'
+
+
+async def test_a_job_that_no_worker_can_read_comes_once_a_second(space: Space) -> None:
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    key, origin = run.keys[0], space.redis.hget(run.keys[0], "origin")
+    space.redis.hset(key, "origin", '{"shape": "of another version"}')
+    worker, begun = space.worker(), time.monotonic()
+
+    await wait_until(lambda: any(value == "2" for value in space.redis.hgetall(key).values()))
+    took = time.monotonic() - begun
+    space.redis.hset(key, "origin", origin)
+
+    assert took > 1.9 and worker.counts["audited"] == 0
+    await committed_once(space, run, both)
+
+
+async def test_a_worker_whose_command_redis_refuses_still_shows_that_it_lives(
+    space: Space,
+) -> None:
+    worker, refused = space.worker(), []
+
+    async def refuse() -> None:
+        refused.append(1)
+        raise exceptions.NoPermissionError
+
+    worker._audit = refuse  # type: ignore[method-assign]
+    await wait_until(lambda: refused)
+    heartbeat = space.key("worker", worker.id)
+    space.redis.delete(heartbeat)
+
+    await wait_until(lambda: space.redis.exists(heartbeat))
 
 
 # Slow: taken for dead, while it is not.
@@ -3235,7 +3344,7 @@ async def test_a_node_that_blocks_its_worker_is_warned_of_and_runs_to_its_end(
     assert counts["refused"] == 1
 
 
-# Lost: replies, deliveries, Redis itself.
+# Lost: deliveries and replies.
 
 
 async def test_a_job_whose_delivery_was_lost_is_found_by_its_workers_audit(
@@ -3280,6 +3389,19 @@ async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(spac
     assert (await end_of(run)).status == COMPLETED and reaper.counts["reaped"] == 1
 
 
+async def test_what_comes_into_the_list_of_a_worker_that_has_left_is_found(space: Space) -> None:
+    gone = space.worker()
+    await wait_until(lambda: space.redis.exists(space.key("worker", gone.id)))
+    await space.stop(gone)
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    space.deliver(gone.id)  # its BLMOVE, late
+
+    space.worker()
+
+    await committed_once(space, run, both)
+
+
 async def test_a_job_that_was_taken_away_before_its_worker_heard_of_it_does_not_begin(
     space: Space, gate: Gate
 ) -> None:
@@ -3315,6 +3437,9 @@ async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> 
 
     assert swallower.asked == 1
     assert space.redis.lrange(processing, 0, -1) == ["none/a/1"]
+
+
+# Away, full or demoted: Redis.
 
 
 async def test_redis_may_be_killed_and_come_back(own: Space, gate: Gate) -> None:
@@ -3373,35 +3498,6 @@ async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(
     assert (await end_of(run)).status == COMPLETED and not own.inside[worker].done()
 
 
-async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_once(
-    own: Space, caplog: Any
-) -> None:
-    send = own.executor.send
-    own.redis.config_set("maxmemory", 1)  # it is full
-
-    refused, begun = send("SET", "a", "1"), time.monotonic()
-    replies = [await send("GET", "a") for _ in range(10)]
-    took = time.monotonic() - begun
-    own.redis.config_set("maxmemory", 0)
-
-    assert replies == [None] * 10 and took < 4
-    assert await asyncio.wait_for(refused, 5) == "OK"
-    await wait_until(lambda: "redis answers again" in caplog.text)
-    assert caplog.text.count("redis does not answer") == 1
-
-
-async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog: Any) -> None:
-    link = agentflow.Link(NOWHERE)
-    lost = link.send("EXISTS", "a")
-    await wait_until(lambda: "redis does not answer" in caplog.text)
-
-    lost.cancel()
-    await wait_until(lambda: link._flushing.done())
-
-    assert "redis answers again" not in caplog.text
-    await link.close()
-
-
 async def test_a_take_that_is_under_way_when_its_worker_ends_moves_nothing(
     own: Space, gate: Gate
 ) -> None:
@@ -3440,6 +3536,106 @@ async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(
     assert own.redis.ttl(heartbeat) > 30
     assert committed and (await run.status()).usage == {"total": 3}
     assert await is_status(other, CANCELLED) and 0 < own.redis.ttl(other.keys[0]) <= 7 * 86400
+
+
+async def test_a_worker_that_was_full_when_its_master_was_demoted_goes_on(
+    tmp_path: Path, gate: Gate
+) -> None:
+    old, new = (Server(tmp_path / each, "--cluster-enabled", "no") for each in ("old", "new"))
+    old.start(), new.start()
+    new.client.execute_command("REPLICAOF", "127.0.0.1", old.port)
+    name = faults.Proxy(old.port, Counter())  # which leads to the master, as a DNS name does
+    listening = await asyncio.start_server(name.serve, "127.0.0.1", 0)
+    space, port = Space(new, tmp_path), listening.sockets[0].getsockname()[1]
+    url = space.url.replace(str(new.port), str(port))
+    worker = space.worker(url, concurrency=1)
+    executor, gated = space.client(url), flow("a", a=gate.data)
+    first = await gated.run({}, executor)
+    await gate.reached("a")
+    await wait_until(lambda: new.client.info("replication")["master_link_status"] == "up")
+    await wait_until(lambda: space.redis.llen(worker.processing) == 1)
+
+    name.port = new.port
+    new.client.execute_command("REPLICAOF", "NO", "ONE")
+    old.client.execute_command("REPLICAOF", "127.0.0.1", new.port)
+    gate.open("a")
+
+    ends = await end_of(first), await end_of(await gated.run({}, executor))
+    assert [end.status for end in ends] == [COMPLETED] * 2
+    await space.close()
+    listening.close()
+    old.kill(), new.kill()
+
+
+async def test_a_connection_that_cannot_be_closed_does_not_end_its_worker(space: Space) -> None:
+    worker, closed = space.worker(), []
+    client, close = worker.executor.link.client, worker.executor.link.client.aclose
+
+    async def hang() -> None:
+        await close()
+        closed.append(1)
+        raise exceptions.TimeoutError
+
+    def fetching() -> list[str]:
+        return [each["id"] for each in space.redis.client_list() if each["cmd"] == "blmove"]
+
+    client.aclose = hang  # type: ignore[method-assign]
+    for id in await wait_until(fetching):
+        space.redis.client_kill_filter(_id=id)
+    run = await flow("a -> b").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+    await space.stop(worker)
+    assert len(closed) == 2
+
+
+async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) -> None:
+    binary = redis.Redis.from_url(space.url)  # what DUMP gives is no text
+    run = await flow("a -> b -> c").run({}, space.executor)
+    before = {name: binary.dump(name) for name in space.names()}
+    versions = []
+
+    for _ in range(2):
+        for name, dump in before.items():
+            binary.restore(name, 30_000_000, dump, replace=True)
+        worker = space.worker()
+        assert (await end_of(run)).status == COMPLETED
+        versions.append(space.redis.hget(space.key("run", run.id), "version"))
+        await space.stop(worker)
+
+    assert versions[0] != versions[1]
+
+
+# The link to it, which sends again what may yet be answered.
+
+
+async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_once(
+    own: Space, caplog: Any
+) -> None:
+    send = own.executor.send
+    own.redis.config_set("maxmemory", 1)  # it is full
+
+    refused, begun = send("SET", "a", "1"), time.monotonic()
+    replies = [await send("GET", "a") for _ in range(10)]
+    took = time.monotonic() - begun
+    own.redis.config_set("maxmemory", 0)
+
+    assert replies == [None] * 10 and took < 4
+    assert await asyncio.wait_for(refused, 5) == "OK"
+    await wait_until(lambda: "redis answers again" in caplog.text)
+    assert caplog.text.count("redis does not answer") == 1
+
+
+async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog: Any) -> None:
+    link = agentflow.Link(NOWHERE)
+    lost = link.send("EXISTS", "a")
+    await wait_until(lambda: "redis does not answer" in caplog.text)
+
+    lost.cancel()
+    await wait_until(lambda: link._flushing.done())
+
+    assert "redis answers again" not in caplog.text
+    await link.close()
 
 
 async def test_what_nobody_waits_for_any_more_is_not_sent_again(own: Space) -> None:
@@ -3519,28 +3715,6 @@ async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path: Path) ->
     server.kill()
 
 
-async def test_a_connection_that_cannot_be_closed_does_not_end_its_worker(space: Space) -> None:
-    worker, closed = space.worker(), []
-    client, close = worker.executor.link.client, worker.executor.link.client.aclose
-
-    async def hang() -> None:
-        await close()
-        closed.append(1)
-        raise exceptions.TimeoutError
-
-    def fetching() -> list[str]:
-        return [each["id"] for each in space.redis.client_list() if each["cmd"] == "blmove"]
-
-    client.aclose = hang  # type: ignore[method-assign]
-    for id in await wait_until(fetching):
-        space.redis.client_kill_filter(_id=id)
-    run = await flow("a -> b").run({}, space.executor)
-
-    assert (await end_of(run)).status == COMPLETED
-    await space.stop(worker)
-    assert len(closed) == 2
-
-
 DEMOTED = ["MOVED 7429 127.0.0.1:1", "READONLY You can't write."]
 DEMOTED += ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
 
@@ -3586,35 +3760,6 @@ async def test_after_an_outage_others_are_given_the_time_for_which_they_may_stil
     assert asked[-1] == max(asked) < link.settled_at - time.monotonic() + 6  # the usual lease
 
 
-async def test_a_worker_that_was_full_when_its_master_was_demoted_goes_on(
-    tmp_path: Path, gate: Gate
-) -> None:
-    old, new = (Server(tmp_path / each, "--cluster-enabled", "no") for each in ("old", "new"))
-    old.start(), new.start()
-    new.client.execute_command("REPLICAOF", "127.0.0.1", old.port)
-    name = faults.Proxy(old.port, Counter())  # which leads to the master, as a DNS name does
-    listening = await asyncio.start_server(name.serve, "127.0.0.1", 0)
-    space, port = Space(new, tmp_path), listening.sockets[0].getsockname()[1]
-    url = space.url.replace(str(new.port), str(port))
-    worker = space.worker(url, concurrency=1)
-    executor, gated = space.client(url), flow("a", a=gate.data)
-    first = await gated.run({}, executor)
-    await gate.reached("a")
-    await wait_until(lambda: new.client.info("replication")["master_link_status"] == "up")
-    await wait_until(lambda: space.redis.llen(worker.processing) == 1)
-
-    name.port = new.port
-    new.client.execute_command("REPLICAOF", "NO", "ONE")
-    old.client.execute_command("REPLICAOF", "127.0.0.1", new.port)
-    gate.open("a")
-
-    ends = await end_of(first), await end_of(await gated.run({}, executor))
-    assert [end.status for end in ends] == [COMPLETED] * 2
-    await space.close()
-    listening.close()
-    old.kill(), new.kill()
-
-
 async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
     space.redis.execute_command("ACL SETUSER few on >secret ~* +@all -script")
     link = agentflow.Link(space.url.replace("//", "//few:secret@"))
@@ -3626,63 +3771,7 @@ async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
     space.redis.acl_deluser("few")
 
 
-async def test_however_many_workers_are_dead_a_living_one_beats_in_time(space: Space) -> None:
-    for number in range(30):
-        await flow("a").run({}, space.executor)
-        space.deliver(f"host-{number}-abcdef")
-        space.redis.zadd(space.key("workers"), {f"host-{number}-abcdef": time.time()})
-    worker = space.still(beat=0.2)
-    worker.executor.link.settled_at -= 10
-    found = exchanges(worker.executor.link)
-
-    tick = asyncio.create_task(worker._tick())
-    await wait_until(lambda: worker.counts["reaped"] == 30)
-
-    assert len(found) <= 5
-    worker._leaving = True
-    await tick
-
-
-async def test_a_worker_does_not_reap_itself(space: Space) -> None:
-    await flow("a").run({}, space.executor)
-    worker = space.still()
-    await worker._beat()
-    job = space.deliver(worker.id)
-
-    space.expire()
-    worker.executor.link.settled_at -= 61
-    await worker._reap()
-
-    assert space.redis.lrange(worker.processing, 0, -1) == [job] and not worker.counts["reaped"]
-
-
-async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) -> None:
-    binary = redis.Redis.from_url(space.url)  # what DUMP gives is no text
-    run = await flow("a -> b -> c").run({}, space.executor)
-    before = {name: binary.dump(name) for name in space.names()}
-    versions = []
-
-    for _ in range(2):
-        for name, dump in before.items():
-            binary.restore(name, 30_000_000, dump, replace=True)
-        worker = space.worker()
-        assert (await end_of(run)).status == COMPLETED
-        versions.append(space.redis.hget(space.key("run", run.id), "version"))
-        await space.stop(worker)
-
-    assert versions[0] != versions[1]
-
-
 # What is left.
-
-
-async def test_a_commit_ends_the_custody_of_its_jobs_at_once(space: Space) -> None:
-    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
-    run = await flow("a -> b c -> d").run({}, space.executor)
-
-    assert (await end_of(run)).status == COMPLETED
-
-    assert space.redis.lrange(worker.processing, 0, -1) == []
 
 
 async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> None:
@@ -3742,32 +3831,6 @@ async def test_a_failed_child_can_be_resumed_although_its_root_is_gone(
 
     await wait_until(lambda: is_status(child, COMPLETED))
     space.redis.delete(*space.runs())  # whose events nobody can replay
-
-
-async def test_a_cancel_that_is_sent_again_says_the_same(space: Space) -> None:
-    space.worker()
-    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
-    await question_of(run)
-    cancel = {"version": new_id(), **run.ending(CANCELLED, "by request")}
-
-    said = [await run.change(END, **cancel) for _ in range(2)]
-
-    assert said == [RUNNING, RUNNING] and await is_status(run, CANCELLED)
-
-
-async def test_an_answer_that_is_sent_again_says_the_same(space: Space) -> None:
-    space.worker()
-    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
-    await question_of(run)
-    await run.read()
-    answer = {"job": run.active()["w"], "told": '["completed","approve"]', "version": new_id()}
-    answer["event"] = run.event("answered", node="w")
-
-    said = [await run.change(agentflow.ANSWER, **answer)]
-    assert (await end_of(run)).status == COMPLETED
-    said.append(await run.change(agentflow.ANSWER, **answer))
-
-    assert said == [1, 1]
 
 
 async def test_a_run_expires_thirty_days_after_its_last_step(space: Space, gate: Gate) -> None:
@@ -3845,80 +3908,6 @@ async def test_who_follows_events_asks_about_ten_times_a_second(space: Space) ->
             [event async for event in run.events()]
 
     assert len(found) < 20
-
-
-async def test_a_run_whose_graph_is_gone_fails_and_may_be_resumed(space: Space) -> None:
-    run = await flow("a -> b").run({}, space.executor)
-    name = space.key("graph", run.origin.graph)
-    text = space.redis.getdel(name)
-    space.worker()
-    failed = await end_of(run)
-
-    space.redis.set(name, text, ex=86400)
-    await run.resume()
-
-    assert failed.error.endswith(f"its graph {run.origin.graph} is not in Redis")
-    assert (await end_of(run)).status == COMPLETED
-
-
-async def test_what_comes_into_the_list_of_a_worker_that_has_left_is_found(space: Space) -> None:
-    gone = space.worker()
-    await wait_until(lambda: space.redis.exists(space.key("worker", gone.id)))
-    await space.stop(gone)
-    both = flow("a -> b")
-    run = await both.run({}, space.executor)
-    space.deliver(gone.id)  # its BLMOVE, late
-
-    space.worker()
-
-    await committed_once(space, run, both)
-
-
-async def test_a_worker_may_die_between_starting_a_child_and_parking(
-    space: Space, gate: Gate
-) -> None:
-    parent = family("s -> b", s=SUB, c_x=gate.noted)
-    run = await parent.run({}, space.executor)
-    hand = Hand(space, parent, run)  # which is dead
-    await hand.start_child(hand.take("s"))
-
-    space.worker()
-
-    await committed_once(space, run, parent)
-    assert len(gate.begun("x")) == 2  # here and in memory
-
-
-async def test_a_map_that_was_begun_with_more_children_does_not_wait_for_them(
-    space: Space,
-) -> None:
-    mapped = family("m -> b", m=MAP, c_x=ITEM)
-    run = await mapped.run({"items": [1]}, space.executor)
-    hand = Hand(space, mapped, run)  # which dies after the first of two children
-    await hand.start_child(hand.take("m"), {"item": 1}, count=2)
-
-    space.worker(lease=0.3)
-    failed = await end_of(run)
-    await run.resume({"items": [1, 2]})
-
-    why = "its prep now gives 1, and not all that it gave at first were started"
-    assert failed.error == f'node "m": children are missing: {why}'
-    await as_in_memory(run, mapped, {"items": [1, 2]})
-
-
-async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Space) -> None:
-    parent = family("s -> b", s=SUB)
-    run = await parent.run({}, space.executor)
-    hand = Hand(space, parent, run, alive=100)
-    job = hand.take("s")
-    child = await hand.start_child(job)
-    space.worker()
-    await wait_until(lambda: is_status(child, COMPLETED))
-    assert space.lists() == [job] and not (await run.status()).context  # not queued as well
-
-    event = hand.view.event("parked", node="s")
-    await hand.view.change(RELEASE, job=job, count=1, question="", event=event)
-
-    assert (await end_of(run)).meaning == (await in_memory(parent)).meaning
 
 
 # ── 15. Steering ─────────────────────────────────────────────────────────────────────────────
@@ -4245,22 +4234,6 @@ async def test_a_resume_asks_again_what_was_answered_so_that_the_node_failed(spa
     assert failed.status == FAILED and (await end_of(run)).status == COMPLETED
 
 
-async def test_a_resume_that_is_sent_again_resumes_once(space: Space, gate: Gate) -> None:
-    space.worker()
-    run = await flow("a", a=gate.broken).run({}, space.executor)
-    await end_of(run)
-    await run.read()
-    jobs, event = [*run.active().values()], run.event("resumed")
-    resume = {"version": new_id(), "seen": run.fields["state"], "state": run.fields["state"]}
-    resume |= {"jobs": jobs, "event": event}
-
-    assert await run.change(RESUME, **resume) == 1
-    failed = await end_of(run)
-    assert await run.change(RESUME, **resume) == 1  # what the first one had said
-
-    assert failed.status == FAILED and await is_status(run, FAILED)
-
-
 async def test_a_resumed_run_takes_new_inputs(space: Space) -> None:
     limited = family("m -> b", m=MAP, c_x=ITEM)
     space.worker()
@@ -4493,6 +4466,48 @@ async def test_a_worker_that_dies_with_an_answer_leaves_it_for_another(space: Sp
 
 
 # With itself.
+
+
+async def test_a_cancel_that_is_sent_again_says_the_same(space: Space) -> None:
+    space.worker()
+    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
+    await question_of(run)
+    cancel = {"version": new_id(), **run.ending(CANCELLED, "by request")}
+
+    said = [await run.change(END, **cancel) for _ in range(2)]
+
+    assert said == [RUNNING, RUNNING] and await is_status(run, CANCELLED)
+
+
+async def test_a_resume_that_is_sent_again_resumes_once(space: Space, gate: Gate) -> None:
+    space.worker()
+    run = await flow("a", a=gate.broken).run({}, space.executor)
+    await end_of(run)
+    await run.read()
+    jobs, event = [*run.active().values()], run.event("resumed")
+    resume = {"version": new_id(), "seen": run.fields["state"], "state": run.fields["state"]}
+    resume |= {"jobs": jobs, "event": event}
+
+    assert await run.change(RESUME, **resume) == 1
+    failed = await end_of(run)
+    assert await run.change(RESUME, **resume) == 1  # what the first one had said
+
+    assert failed.status == FAILED and await is_status(run, FAILED)
+
+
+async def test_an_answer_that_is_sent_again_says_the_same(space: Space) -> None:
+    space.worker()
+    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
+    await question_of(run)
+    await run.read()
+    answer = {"job": run.active()["w"], "told": '["completed","approve"]', "version": new_id()}
+    answer["event"] = run.event("answered", node="w")
+
+    said = [await run.change(agentflow.ANSWER, **answer)]
+    assert (await end_of(run)).status == COMPLETED
+    said.append(await run.change(agentflow.ANSWER, **answer))
+
+    assert said == [1, 1]
 
 
 @pytest.mark.parametrize(
