@@ -1708,6 +1708,13 @@ async def test_a_run_lacking_an_input_or_given_one_that_is_no_json_does_not_star
     )
 
 
+async def test_a_map_needs_its_list_although_its_child_has_a_default_for_the_item() -> None:
+    graphs = {"flow": graph("m", m=MAP), "child": graph("x", {"item": 1}, x=ITEM)}
+
+    with pytest.raises(RunError, match="lacks an input: items"):
+        await Registry(graphs)["flow"].run({})
+
+
 MIB = "has 1,048,578 characters as JSON; 1,048,576 are allowed"
 NO_JSON = {
     "a set": "Object of type set is not JSON serializable",
@@ -1793,6 +1800,21 @@ async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor: Any) ->
     end = await same(executor, family("s", "x -> final_output; x -no-> never", s=named))
 
     assert end.context.keys() == {"one", "two"}
+
+
+@pytest.mark.parametrize("given, tone", [({}, "mild"), ({"tone": "wild"}, "wild")])
+async def test_a_child_has_the_parents_value_or_else_its_own_default(
+    executor: Any, given: dict[str, Any], tone: str
+) -> None:
+    text = TEXT | {"promptTemplate": "{{tone}}"}
+    graphs = {"flow": graph("s", s=SUB), "child": graph("s -> o", s=SUB, o=TEXT)}
+    graphs["child"]["nodes"][0]["data"]["workflowId"] = "grandchild"
+    graphs["child"]["nodes"][1]["data"] = {"promptTemplate": "{{s}}", "inputs": {"s": "s"}}
+    graphs["grandchild"] = graph("o", {"tone": "mild"}, o=text)
+
+    end = await same(executor, Registry(graphs)["flow"], given)
+
+    assert end.context["s"] == tone
 
 
 async def test_children_may_come_from_a_generator_and_name_their_keys_in_any_order(
@@ -1897,6 +1919,18 @@ async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Gate) -
 
 
 @own_executors
+async def test_a_failed_run_takes_no_answer(executor: Any, gate: Gate) -> None:
+    asks = flow("w -approve-> a; b -> c", w=WAIT, b=gate.data | gate.broken)
+    run = await asks.run({}, executor)
+    await question_of(run)
+    gate.open("b")
+    await wait_until(lambda: is_status(run, FAILED))
+
+    with pytest.raises(RunError, match="does not wait for an answer"):
+        await run.answer("w", "approve")
+
+
+@own_executors
 async def test_what_a_run_tells_of_itself_is_a_copy(executor: Any, gate: Gate) -> None:
     gated = flow("a -> b", a=gate.data)
     run = await gated.run({}, executor)
@@ -1939,6 +1973,9 @@ async def test_a_question_and_an_error_may_hold_what_is_not_unicode(executor: An
 
     assert question == "Is \\ud83d good?" and (await end_of(run)).status == COMPLETED
     assert failed.status == FAILED and failed.error.endswith("not \\ud83d")
+
+
+# What a node must not do.
 
 
 @pytest.mark.parametrize(
@@ -2027,33 +2064,6 @@ async def test_what_a_node_does_to_its_task_is_not_held_against_the_next(executo
     end = await same(executor, flow("a -> b; b -error-> c", a=hears_nothing, b=cancels))
 
     assert end.done == activations("a b:error c")
-
-
-@own_executors
-async def test_a_failed_run_takes_no_answer(executor: Any, gate: Gate) -> None:
-    asks = flow("w -approve-> a; b -> c", w=WAIT, b=gate.data | gate.broken)
-    run = await asks.run({}, executor)
-    await question_of(run)
-    gate.open("b")
-    await wait_until(lambda: is_status(run, FAILED))
-
-    with pytest.raises(RunError, match="does not wait for an answer"):
-        await run.answer("w", "approve")
-
-
-@pytest.mark.parametrize("given, tone", [({}, "mild"), ({"tone": "wild"}, "wild")])
-async def test_a_child_has_the_parents_value_or_else_its_own_default(
-    executor: Any, given: dict[str, Any], tone: str
-) -> None:
-    text = TEXT | {"promptTemplate": "{{tone}}"}
-    graphs = {"flow": graph("s", s=SUB), "child": graph("s -> o", s=SUB, o=TEXT)}
-    graphs["child"]["nodes"][0]["data"]["workflowId"] = "grandchild"
-    graphs["child"]["nodes"][1]["data"] = {"promptTemplate": "{{s}}", "inputs": {"s": "s"}}
-    graphs["grandchild"] = graph("o", {"tone": "mild"}, o=text)
-
-    end = await same(executor, Registry(graphs)["flow"], given)
-
-    assert end.context["s"] == tone
 
 
 # ── 11. Graph files ──────────────────────────────────────────────────────────────────────────
@@ -2276,13 +2286,6 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 
     assert load(tmp_path)["a"].starts == ["a"]
     assert client.values("--input", [f"x=@{tmp_path}/value"]) == {"x": [1]}
-
-
-async def test_a_map_needs_its_list_although_its_child_has_a_default_for_the_item() -> None:
-    graphs = {"flow": graph("m", m=MAP), "child": graph("x", {"item": 1}, x=ITEM)}
-
-    with pytest.raises(RunError, match="lacks an input: items"):
-        await Registry(graphs)["flow"].run({})
 
 
 def test_many_branches_of_one_choice_are_checked_in_time() -> None:
@@ -3913,6 +3916,9 @@ async def test_who_follows_events_asks_about_ten_times_a_second(space: Space) ->
 # ── 15. Steering ─────────────────────────────────────────────────────────────────────────────
 
 
+# Cancelling.
+
+
 async def test_cancelling_ends_the_model_calls_of_all_descendants_within_a_second_or_so(
     space: Space, model: Model
 ) -> None:
@@ -4003,6 +4009,9 @@ async def test_what_fails_in_a_cancelled_run_leaves_nothing(space: Space) -> Non
 
     assert await is_status(run, CANCELLED) and not space.lists()
     assert not space.redis.exists(run.keys[agentflow.PARKED])
+
+
+# Resuming.
 
 
 async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, gate: Gate) -> None:
