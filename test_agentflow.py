@@ -984,6 +984,15 @@ async def committed_once(space: Space, run: RedisRun, flow: agentflow.Flow) -> E
     return end
 
 
+async def explained(run: RedisRun, flow: agentflow.Flow) -> list[str]:
+    """What is said of a run; ids, ages and the names of workers left out."""
+    await run.read()
+    last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
+    lines = [line async for line in explain(run, flow, last, "")]
+    odd = r"\S+-\d+-[0-9a-f]{6}\b|[0-9a-f]{16,}|\d+(?= s\b)"
+    return [re.sub(odd, "N", line) for line in lines]
+
+
 @pytest.fixture
 async def space(server: Server, tmp_path: Path) -> Any:
     space = Space(server, tmp_path)
@@ -2633,9 +2642,7 @@ async def test_a_worker_may_die_between_starting_a_child_and_parking(
     assert len(gate.begun("x")) == 2  # here and in memory
 
 
-async def test_a_map_that_was_begun_with_more_children_does_not_wait_for_them(
-    space: Space,
-) -> None:
+async def test_a_map_that_was_begun_with_more_children_does_not_wait_for_them(space: Space) -> None:
     mapped = family("m -> b", m=MAP, c_x=ITEM)
     run = await mapped.run({"items": [1]}, space.executor)
     hand = Hand(space, mapped, run)  # which dies after the first of two children
@@ -3172,9 +3179,7 @@ async def test_a_job_that_no_worker_can_read_comes_once_a_second(space: Space) -
     await committed_once(space, run, both)
 
 
-async def test_a_worker_whose_command_redis_refuses_still_shows_that_it_lives(
-    space: Space,
-) -> None:
+async def test_a_worker_whose_command_redis_refuses_still_shows_that_it_lives(space: Space) -> None:
     worker, refused = space.worker(), []
 
     async def refuse() -> None:
@@ -3491,9 +3496,7 @@ async def test_a_take_that_is_under_way_when_its_worker_ends_moves_nothing(
     assert own.redis.llen(own.key("ready")) == 1
 
 
-async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(
-    own: Space,
-) -> None:
+async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(own: Space) -> None:
     both, worker = flow("a -> b"), own.still(lease=60)
     run, other = await both.run({}, own.executor), await both.run({}, own.executor)
     hand = Hand(own, both, run)
@@ -4542,15 +4545,6 @@ async def test_a_cancel_and_a_resume_at_once_end_in_a_cancelled_run(
 
 
 # What --explain says.
-
-
-async def explained(run: RedisRun, flow: agentflow.Flow) -> list[str]:
-    """What is said of a run; ids, ages and the names of workers left out."""
-    await run.read()
-    last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
-    lines = [line async for line in explain(run, flow, last, "")]
-    odd = r"\S+-\d+-[0-9a-f]{6}\b|[0-9a-f]{16,}|\d+(?= s\b)"
-    return [re.sub(odd, "N", line) for line in lines]
 
 
 async def test_a_run_that_stands_says_of_each_token_where_it_is_and_why(
