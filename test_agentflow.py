@@ -4,6 +4,9 @@ All that is about meaning runs on three executors: in memory, on a real Redis, a
 the one of the README. What is about faults runs on real worker processes, which are really killed.
 Each test on Redis has a namespace of its own and ends in `check_invariants`.
 
+What tests are given: `executor`, one of the three; `space`, a Space, or `own`, one on a server of
+its own; `gate`, a Gate; `model`, the Model; `shell`, a Shell, or `guarded`, one with few rights.
+
 Helpers: 1 Test nodes and graphs, 2 The oracle, 3 The server, 4 Workers, 5 The model server,
 6 Networks, 7 Shells and terminals, 8 Sources.
 
@@ -92,6 +95,7 @@ class Gate:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.data = {"gate": str(folder)}  # of a node that goes through it
+        self.noted = self.data | {"holds": 0}  # of one that only notes that it has begun
         self.broken = {"broken": str(self.folder / "mended")}  # of one that fails before `mend`
 
     async def pass_through(self, node: str, holds: int | None) -> None:
@@ -229,25 +233,6 @@ class Refused(Node):
         return self.attempts[job]
 
 
-class Cancelling(Node):
-    """Cancels its own work, in one of its three steps."""
-
-    fields: ClassVar[dict[str, Field]] = {"step": Field("text")}
-
-    async def prep(self, ctx: Context) -> None:
-        self.cancel("prep")
-
-    async def exec(self, prepared: Any) -> None:
-        self.cancel("exec")
-
-    async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
-        self.cancel("post")
-
-    def cancel(self, step: str) -> None:
-        if self.data["step"] == step:
-            raise asyncio.CancelledError
-
-
 class Panic(BaseException):
     """What an extension in another language may raise."""
 
@@ -259,34 +244,47 @@ class Mute(Exception):
         raise RuntimeError("it is gone")
 
 
+BREAKS: dict[str, tuple[str, Any]] = {  # a step, and what is raised in it
+    "cancel in prep": ("prep", asyncio.CancelledError),
+    "cancel in exec": ("exec", asyncio.CancelledError),
+    "cancel in post": ("post", asyncio.CancelledError),
+    "exit at once": ("prep", SystemExit("no such option")),
+    "exit": ("exec", SystemExit("no such option")),
+    "close": ("exec", GeneratorExit),
+    "panic": ("exec", Panic),
+    "mute": ("prep", Mute),
+}
+
+
 class Breaking(Node):
-    """Ends the task that runs it, or asks for its end, in one of many ways."""
+    """Raises what no step should, or asks for the end of the task that runs it."""
 
     fields: ClassVar[dict[str, Field]] = {"how": Field("text")}
 
     async def prep(self, ctx: Context) -> Any:
-        if self.data["how"] == "mute":
-            raise Mute
-        if self.data["how"] == "exit at once":
-            sys.exit("no such option")
+        self.may_raise("prep")
         if self.data["how"] == "ask":
             asyncio.current_task().cancel()
             return Park(question="Good?")
 
     async def exec(self, prepared: Any) -> None:
+        self.may_raise("exec")
         how, cancel = self.data["how"], asyncio.current_task().cancel
-        if how == "panic":
-            raise Panic
-        if how == "close":
-            raise GeneratorExit
-        if how == "exit":
-            sys.exit("no such option")
         if how == "fail":
             cancel()
             raise Permanent("it has failed")
-        asyncio.get_running_loop().call_soon(cancel)  # a time-out by hand
-        with contextlib.suppress(asyncio.CancelledError if how == "hear nothing" else ()):
-            await asyncio.sleep(60)
+        if how in ("time-out", "hear nothing"):
+            asyncio.get_running_loop().call_soon(cancel)  # a time-out by hand
+            with contextlib.suppress(asyncio.CancelledError if how == "hear nothing" else ()):
+                await asyncio.sleep(60)
+
+    async def post(self, ctx: Context, prepared: Any, result: Any) -> None:
+        self.may_raise("post")
+
+    def may_raise(self, now: str) -> None:
+        step, error = BREAKS.get(self.data["how"], ("", None))
+        if step == now:
+            raise error
 
 
 class Idle(Node):
@@ -341,25 +339,17 @@ class Deaf(Node):
             raise Permanent("it heard nothing") from None
 
 
-class Numbered(Node):
-    """Counts how many of it have been made."""
+class Built(Node):
+    """Counts how many of it are built, and can perhaps not be built."""
 
-    made = 0
-
-    def __init__(self, flow: agentflow.Flow, spec: Any) -> None:
-        super().__init__(flow, spec)
-        Numbered.made += 1
-
-
-class Fickle(Node):
-    """Cannot always be made."""
-
+    count = 0
     error: ClassVar[BaseException | None] = None
 
     def __init__(self, flow: agentflow.Flow, spec: Any) -> None:
         super().__init__(flow, spec)
-        if Fickle.error:
-            raise Fickle.error
+        Built.count += 1
+        if Built.error:
+            raise Built.error
 
 
 class Threaded(Node):
@@ -383,23 +373,11 @@ class Threaded(Node):
             time.sleep(0.01)
 
 
-class Rehearsed(Node):
-    """Calls out; in a dry run it does not."""
-
-    async def exec(self, prepared: Any) -> Any:
-        return "called out"
-
-    async def rehearse(self, prepared: Any) -> Any:
-        return "made up"
-
-
-TYPES = {"pure": Pure, "copy": Node, "countdown": Countdown, "odd": Odd, "poison": Poison}
-TYPES |= {"stall": Stall, "refused": Refused, "rehearsed": Rehearsed}
-TYPES |= {"cancelling": Cancelling, "idle": Idle, "spender": Spender, "deaf": Deaf}
-TYPES |= {"numbered": Numbered, "breaking": Breaking, "threaded": Threaded}
-TYPES |= {"parking": Parking, "loose": Loose, "fickle": Fickle}
-for name, node_type in TYPES.items():
-    Registry.add(name, node_type)
+TYPES = [Pure, Countdown, Odd, Poison, Stall, Refused, Breaking, Idle, Parking, Loose, Spender]
+TYPES += [Deaf, Built, Threaded]
+for node_type in TYPES:
+    Registry.add(node_type.__name__.lower(), node_type)
+Registry.add("copy", Node)
 
 # The data of nodes. A test adds to it what it is about.
 
@@ -408,9 +386,11 @@ MAP = {"type": "map", "workflowId": "child", "over": "items", "as": "item"}
 ITEM = {"inputs": {"item": "item"}}
 TEXT = {"type": "output", "promptTemplate": "x"}
 SWITCH = {"type": "switch", "inputs": {"value": "x"}}
+BY_ITEM = {"type": "switch", "inputs": {"value": "item"}}
 ASK = {"type": "llm-process", "promptTemplate": "Greet Ada."}
 ROUTE = {"type": "llm-router", "promptTemplate": "Which way?"}
-HTTP = {"type": "http-request", "config": {"retries": 0}}
+ONCE = {"config": {"retries": 0}}
+HTTP = {"type": "http-request"} | ONCE
 WAIT = {"type": "wait", "question": "Good?", "otherwise": "approve"}
 APPROVAL = "a -> w; w -approve-> b"  # where `w` waits
 
@@ -770,10 +750,23 @@ class Space:
         self.url = f"{server.url}/{number}"
         self.namespace = namespace or f"test-{new_id()}"
         self.redis = redis.Redis.from_url(self.url, decode_responses=True)
-        self.executor = RedisExecutor(self.url, self.namespace)
+        self.links: list[agentflow.Link] = []
+        self.executor = self.client()
         self.key = self.executor.key
         self.inside: dict[Worker, asyncio.Task[None]] = {}
         self.outside: list[Process] = []
+
+    def client(self, url: str = "") -> RedisExecutor:
+        """A client with a link of its own."""
+        executor = RedisExecutor(url or self.url, self.namespace)
+        self.links.append(executor.link)
+        return executor
+
+    def still(self, **options: Any) -> Worker:
+        """A worker that does nothing but what its test makes it do."""
+        worker = Worker(self.url, self.namespace, **options)
+        self.links.append(worker.executor.link)
+        return worker
 
     def worker(self, url: str = "", **options: Any) -> Worker:
         """Start a worker in this process."""
@@ -791,6 +784,17 @@ class Space:
         self.outside.append(Process(self, **options))
         return self.outside[-1]
 
+    def deliver(self, worker: str) -> str:
+        """Move the next job into a worker's list, as BLMOVE does it."""
+        ends = self.key("ready"), self.key("processing", worker)
+        return str(self.redis.lmove(*ends, "RIGHT", "LEFT"))
+
+    def charge(self, run: Run, crashes: int = 2) -> str:
+        """Note that the job of a run has crashed so often; gives the job."""
+        [job] = [job for job in self.lists() if job.startswith(run.id)]
+        self.redis.hset(self.key("run", run.id), f"crashes {job}", crashes)
+        return job
+
     def expire(self, part: str = "") -> None:
         """Let the heartbeats of workers expire at once, which are dead."""
         for id in self.redis.zrange(self.key("workers"), 0, -1):
@@ -805,12 +809,14 @@ class Space:
             for process in self.outside:
                 process.kill()
             for worker in self.inside:
+                worker.grace = 0
                 worker.stop()
                 # A job of no run is dropped, and ends the second for which BLMOVE may wait.
                 self.redis.lpush(self.key("ready"), "none/none/none")
             for worker in self.inside:
                 await self.stop(worker)
-            await self.executor.link.close()
+            for link in self.links:
+                await link.close()
             for key in self.names():
                 self.redis.delete(key)
             self.redis.close()
@@ -899,7 +905,7 @@ class Hand:
         self.space, self.flow = space, flow
         self.id = f"hand-{new_id()}"
         self.processing = space.key("processing", self.id)
-        executor = RedisExecutor(space.url, space.namespace)
+        executor = space.client()
         executor.name = self.id
         self.view = RedisRun(executor, run.id, run.origin)
         space.redis.zadd(space.key("workers"), {self.id: 0})
@@ -970,7 +976,7 @@ def exchanges(link: agentflow.Link) -> list[int]:
         found.append(len(commands))
         return await real(commands, patience)
 
-    link._exchange = exchange  # type: ignore[method-assign]
+    link._exchange = exchange
     return found
 
 
@@ -981,25 +987,13 @@ async def committed_once(space: Space, run: RedisRun, flow: agentflow.Flow) -> E
     return end
 
 
-async def at_once(space: Space, count: int, steer: Any) -> list[Any]:
-    """What comes of a command that several clients, which are numbered, give at the same time."""
-    others = [RedisExecutor(space.url, space.namespace) for _ in range(count)]
-    for other in others:
-        await other.open()
-    steps = [steer(i, other) for i, other in enumerate(others)]
-    told = await asyncio.gather(*steps, return_exceptions=True)
-    for other in others:
-        await other.link.close()
-    return [*told]
-
-
-async def can_answer(run: RedisRun, node: str) -> bool:
-    """Answer a question, if it is asked yet."""
-    try:
-        await run.answer(node, "yes")
-    except RunError:
-        return False
-    return True
+async def explained(run: RedisRun, flow: agentflow.Flow) -> list[str]:
+    """What is said of a run; ids, ages and the names of workers left out."""
+    await run.read()
+    last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
+    lines = [line async for line in explain(run, flow, last, "")]
+    odd = r"\S+-\d+-[0-9a-f]{6}\b|[0-9a-f]{16,}|\d+(?= s\b)"
+    return [re.sub(odd, "N", line) for line in lines]
 
 
 @pytest.fixture
@@ -1007,6 +1001,17 @@ async def space(server: Server, tmp_path: Path) -> Any:
     space = Space(server, tmp_path)
     yield space
     await space.close()
+
+
+@pytest.fixture
+async def own(tmp_path: Path) -> Any:
+    """A space on a server of its own."""
+    server = Server(tmp_path / "server", "--appendonly", "yes", "--appendfsync", "always")
+    server.start()
+    space = Space(server, tmp_path)
+    yield space
+    await space.close()
+    server.kill()
 
 
 @pytest.fixture(params=["memory", "redis", "one by one"])
@@ -1020,7 +1025,7 @@ async def executor(request: Any, tmp_path: Path) -> Any:
     await space.close()
 
 
-PATTERNS = load(HERE / "graphs" / "patterns")
+GRAPHS, PATTERNS = load(HERE / "graphs"), load(HERE / "graphs" / "patterns")
 EXPECTED = {id: graph["expect"] for id, graph in PATTERNS.graphs.items() if "expect" in graph}
 
 
@@ -1192,13 +1197,6 @@ class Swallower:
             writer.write(reply)
         for end in (to, writer):
             end.close()
-
-
-def first_bytes(port: socket.socket) -> bytes:
-    """What a client sends first."""
-    connection, _ = port.accept()
-    with connection:
-        return connection.recv(1000)
 
 
 # ── 7. Shells and terminals ──────────────────────────────────────────────────────────────────
@@ -1428,7 +1426,7 @@ SCHEDULES = {  # a graph, and what is run of it; there the nodes' actions at eac
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-async def test_a_node_runs_when_no_token_is_left_upstream_of_it(executor: Any, name: str) -> None:
+async def test_a_node_runs_when_no_token_is_left_upstream_of_it(executor, name):
     text, expected = SCHEDULES[name]
     actions: dict[str, dict[int, str]] = {}
     for node, visit, action in parts_of(expected):
@@ -1440,7 +1438,7 @@ async def test_a_node_runs_when_no_token_is_left_upstream_of_it(executor: Any, n
     assert (end.status, end.done) == (COMPLETED, activations(expected))
 
 
-def test_a_loops_next_round_waits_for_its_side_work() -> None:
+def test_a_loops_next_round_waits_for_its_side_work():
     loop = flow("a -> b; b -more-> a n; b -done-> z")
     state, _ = loop.first("1")
     state, _ = loop.advance(state, "a", "default", "2")
@@ -1451,14 +1449,14 @@ def test_a_loops_next_round_waits_for_its_side_work() -> None:
     assert (during, after) == (["n"], ["a"])
 
 
-def test_a_state_that_no_run_can_have_is_an_error_and_loses_no_token() -> None:
+def test_a_state_that_no_run_can_have_is_an_error_and_loses_no_token():
     state = agentflow.State({"a": "x", "b": "y"}, {})
 
     with pytest.raises(RunError, match='"b" was reached while active'):
         flow("a -> b").advance(state, "a", "default", "z")
 
 
-def test_a_graph_that_is_written_backwards_is_analysed_in_time() -> None:
+def test_a_graph_that_is_written_backwards_is_analysed_in_time():
     chain = [f"n{i} -> n{i + 1}" for i in reversed(range(900))]
     loops = [f"n{i + 1} -more-> n{i}" for i in range(0, 900, 50)]
     begun = time.process_time()
@@ -1474,7 +1472,7 @@ def test_a_graph_that_is_written_backwards_is_analysed_in_time() -> None:
 # Attempts, errors and actions.
 
 
-async def test_a_node_that_fails_is_tried_again_as_often_as_it_says(executor: Any) -> None:
+async def test_a_node_that_fails_is_tried_again_as_often_as_it_says(executor):
     config = [{"retries": count} for count in range(3)]
     flows = [flow("a -> b", a={"fails": 2, "config": each}) for each in config]
 
@@ -1487,14 +1485,14 @@ async def test_a_node_that_fails_is_tried_again_as_often_as_it_says(executor: An
         assert end.context == {} and [*end.tokens] == ["a"]
 
 
-def test_a_node_has_two_retries_and_two_minutes_unless_it_says_so() -> None:
+def test_a_node_has_two_retries_and_two_minutes_unless_it_says_so():
     node = one("copy").nodes["a"]
 
     assert (node.retries, node.timeout, node.backoff) == (2, 120, 0.5)
 
 
 @own_executors
-async def test_each_retry_comes_later_and_nodes_do_not_retry_together(executor: Any) -> None:
+async def test_each_retry_comes_later_and_nodes_do_not_retry_together(executor):
     fails = {"fails": 3, "config": {"retries": 3}}
     run = await flow(" ".join("abcdefgh"), **dict.fromkeys("abcdefgh", fails)).run({}, executor)
 
@@ -1505,7 +1503,7 @@ async def test_each_retry_comes_later_and_nodes_do_not_retry_together(executor: 
     assert len({*map(tuple, delays.values())}) > 1  # 0.5 to 1.5 times 0.01, 0.02, 0.04 s
 
 
-async def test_no_retry_is_put_off_for_longer_than_a_minute_or_so() -> None:
+async def test_no_retry_is_put_off_for_longer_than_a_minute_or_so():
     node, delays = one("refused", times=1, after=None).nodes["a"], []
     node.backoff = 500
 
@@ -1519,7 +1517,7 @@ async def test_no_retry_is_put_off_for_longer_than_a_minute_or_so() -> None:
     assert 30 <= delays[0] <= 90
 
 
-async def test_a_node_is_stopped_when_its_time_is_up(executor: Any, gate: Gate) -> None:
+async def test_a_node_is_stopped_when_its_time_is_up(executor, gate):
     config = {"timeout": 0.05, "retries": 1}
 
     end = await same(executor, flow("a", a=gate.data | {"config": config}))
@@ -1528,35 +1526,29 @@ async def test_a_node_is_stopped_when_its_time_is_up(executor: Any, gate: Gate) 
     assert len(gate.begun("a")) == 2 * 2  # executions, here and in memory
 
 
-async def test_a_refusal_is_bounded_by_time_and_not_by_count(executor: Any) -> None:
-    config = {"retries": 0}
-
-    end = await same(executor, one("refused", times=1100, after=1e-6, config=config))
-    endless = await same(executor, one("refused", times=3, after=601, config=config))
+async def test_a_refusal_is_bounded_by_time_and_not_by_count(executor):
+    end = await same(executor, one("refused", times=1100, after=1e-6, **ONCE))
+    endless = await same(executor, one("refused", times=3, after=601, **ONCE))
 
     assert end.context == {"a": 1101}
     assert endless.error == 'node "a": too many requests'
 
 
 @own_executors
-async def test_a_refusal_until_a_moment_that_is_past_is_tried_again_as_usual(executor: Any) -> None:
+async def test_a_refusal_until_a_moment_that_is_past_is_tried_again_as_usual(executor):
     end = await end_of(await one("refused", times=1, after=-5).run({}, executor))
 
     assert [event["delay"] > 0.2 for event in end.events if event["event"] == "retrying"] == [True]
 
 
-async def test_an_error_edge_is_taken_when_a_node_has_failed_for_good(
-    executor: Any, gate: Gate
-) -> None:
+async def test_an_error_edge_is_taken_when_a_node_has_failed_for_good(executor, gate):
     end = await same(executor, flow("a -error-> b; a -> c; b c -> d", a=gate.broken))
 
     assert end.done == activations("a:error b d")
     assert end.context["a"] == 'node "a": it is broken'
 
 
-async def test_without_an_error_edge_a_failure_is_the_runs_and_names_the_node(
-    executor: Any, gate: Gate
-) -> None:
+async def test_without_an_error_edge_a_failure_is_the_runs_and_names_the_node(executor, gate):
     end = await same(executor, flow("a -> b -> c", b=gate.broken))
 
     assert (end.status, end.error) == (FAILED, 'node "b": it is broken')
@@ -1564,9 +1556,7 @@ async def test_without_an_error_edge_a_failure_is_the_runs_and_names_the_node(
 
 
 @own_executors
-async def test_what_a_failed_runs_other_nodes_finish_is_kept_but_leads_no_further(
-    executor: Any, gate: Gate
-) -> None:
+async def test_what_a_failed_runs_other_nodes_finish_is_kept_but_leads_no_further(executor, gate):
     run = await flow("a -> c; b", a=gate.data, b=gate.broken).run({}, executor)
     await gate.reached("a")
 
@@ -1577,13 +1567,19 @@ async def test_what_a_failed_runs_other_nodes_finish_is_kept_but_leads_no_furthe
     assert (await run.status()).tokens.keys() == {"b", "c"}
 
 
+PARKS = {
+    "children": {"type": "parking", "child": "child"},
+    "an answer": {"type": "idle", "question": "Good?"},
+}
+
+
 @own_executors
-async def test_a_failed_run_begins_no_children(executor: Any, gate: Gate) -> None:
-    parks = {"type": "parking", "child": "child"} | gate.data
-    run = await family("m; b", m=parks, b=gate.broken).run({}, executor)
+@pytest.mark.parametrize("what", PARKS)
+async def test_a_failed_run_parks_for_nothing_more(executor, gate, what):
+    run = await family("a; b", a=PARKS[what] | gate.data, b=gate.broken).run({}, executor)
     await wait_until(lambda: is_status(run, FAILED))
 
-    gate.open("m")
+    gate.open("a")
     await wait_until(lambda: at_rest(run))
 
     told = [event["event"] for event in (await end_of(run)).events]
@@ -1591,22 +1587,7 @@ async def test_a_failed_run_begins_no_children(executor: Any, gate: Gate) -> Non
 
 
 @own_executors
-async def test_a_failed_run_asks_nothing(executor: Any, gate: Gate) -> None:
-    parks = {"type": "idle", "question": "Good?"} | gate.data
-    run = await flow("w; b", w=parks, b=gate.broken).run({}, executor)
-    await wait_until(lambda: is_status(run, FAILED))
-
-    gate.open("w")
-    await wait_until(lambda: at_rest(run))
-
-    with pytest.raises(RunError, match="does not wait for an answer"):
-        await run.answer("w", "yes")
-
-
-@own_executors
-async def test_each_failure_is_recorded_and_the_first_is_the_runs(
-    executor: Any, gate: Gate
-) -> None:
+async def test_each_failure_is_recorded_and_the_first_is_the_runs(executor, gate):
     run = await flow("a; b", a=gate.data | gate.broken, b=gate.broken).run({}, executor)
     await wait_until(lambda: is_status(run, FAILED))
 
@@ -1618,14 +1599,14 @@ async def test_each_failure_is_recorded_and_the_first_is_the_runs(
     assert told == ['node "b": it is broken', 'node "a": it is broken'] and end.error == told[0]
 
 
-async def test_what_is_said_of_an_error_is_short() -> None:
+async def test_what_is_said_of_an_error_is_short():
     node, said = one("copy", config={"retries": 1}).nodes["a"], []
     node.backoff = 0.01
 
     async def fail(prepared: Any) -> Any:
         raise ValueError("long " * 10_000)
 
-    node.exec = fail  # type: ignore[method-assign]
+    node.exec = fail
     with pytest.raises(RunError) as failed:
         await execute(node, Context({}), lambda event, **more: said.append(more["error"]))
 
@@ -1633,19 +1614,17 @@ async def test_what_is_said_of_an_error_is_short() -> None:
 
 
 @own_executors
-async def test_what_has_happened_so_far_is_told_at_once(executor: Any, gate: Gate) -> None:
+async def test_what_has_happened_so_far_is_told_at_once(executor, gate):
     run = await flow("a -> b", b=gate.data).run({}, executor)
     await gate.reached("b")
 
     async with asyncio.timeout(5):
         so_far = [event["event"] async for event in run.events(follow=False)]
-    gate.open("b")
 
     assert so_far == ["started", "done"]
-    assert (await end_of(run)).status == COMPLETED
 
 
-async def test_an_action_that_is_on_no_edge_is_an_error(executor: Any) -> None:
+async def test_an_action_that_is_on_no_edge_is_an_error(executor):
     end = await same(executor, flow("a -yes-> b; a -no-> c", a={"actions": ["maybe"]}))
 
     assert end.error == """node "a": ValueError: its action 'maybe' is on none of its edges"""
@@ -1654,14 +1633,14 @@ async def test_an_action_that_is_on_no_edge_is_an_error(executor: Any) -> None:
 ENDLESS = 'node "a": the run has taken 10000 steps; does a loop lack a limit?'
 
 
-async def test_a_loop_without_an_end_ends_after_10000_steps() -> None:
+async def test_a_loop_without_an_end_ends_after_10000_steps():
     end = await in_memory(flow("a -more-> a; a -done-> b", a={"actions": ["more"]}))
 
     assert end.error == ENDLESS
     assert len(end.done) == 10000
 
 
-async def test_a_loop_without_an_end_ends_in_redis_too(space: Space) -> None:
+async def test_a_loop_without_an_end_ends_in_redis_too(space):
     endless = flow("a -more-> a; a -done-> b", a={"actions": ["more"]})
     run = await endless.run({}, space.executor)
     key = space.key("run", run.id)
@@ -1679,7 +1658,7 @@ async def test_a_loop_without_an_end_ends_in_redis_too(space: Space) -> None:
 # Inputs, keys and values.
 
 
-async def test_an_input_of_the_caller_goes_before_the_graphs_own(executor: Any) -> None:
+async def test_an_input_of_the_caller_goes_before_the_graphs_own(executor):
     given = flow("a -> b", {"x": 1, "y": 2}, a={"inputs": {"x": "x", "y": "y", "z": "z"}})
 
     end = await same(executor, given, {"y": [3], "z": None})
@@ -1687,9 +1666,7 @@ async def test_an_input_of_the_caller_goes_before_the_graphs_own(executor: Any) 
     assert {key: end.context[key] for key in "xyz"} == {"x": 1, "y": [3], "z": None}
 
 
-async def test_a_run_lacking_an_input_or_given_one_that_is_no_json_does_not_start(
-    executor: Any,
-) -> None:
+async def test_a_run_lacking_an_input_or_given_one_that_is_no_json_does_not_start(executor):
     given = flow("a -> b", {"x": 1}, a={"inputs": {"x": "x", "y": "y", "z": "z"}})
 
     with pytest.raises(RunError) as lacking:
@@ -1706,6 +1683,13 @@ async def test_a_run_lacking_an_input_or_given_one_that_is_no_json_does_not_star
     )
 
 
+async def test_a_map_needs_its_list_although_its_child_has_a_default_for_the_item():
+    graphs = {"flow": graph("m", m=MAP), "child": graph("x", {"item": 1}, x=ITEM)}
+
+    with pytest.raises(RunError, match="lacks an input: items"):
+        await Registry(graphs)["flow"].run({})
+
+
 MIB = "has 1,048,578 characters as JSON; 1,048,576 are allowed"
 NO_JSON = {
     "a set": "Object of type set is not JSON serializable",
@@ -1717,10 +1701,8 @@ NO_JSON = {
 
 
 @pytest.mark.parametrize("what", ODD)
-async def test_a_value_is_json_of_at_most_1_mib_or_the_nodes_error(
-    executor: Any, what: str
-) -> None:
-    end = await same(executor, one("odd", what=what, config={"retries": 0}))
+async def test_a_value_is_json_of_at_most_1_mib_or_the_nodes_error(executor, what):
+    end = await same(executor, one("odd", what=what, **ONCE))
 
     refused = "node \"a\": ValueError: the value of 'a' "
     if what in NO_JSON:
@@ -1737,7 +1719,7 @@ SAME += [[[], {}, [{}]], {"a": {}, "b": []}, "\u20ac\x00\x7f\u2028", {"\ud800": 
 
 
 @pytest.mark.parametrize("value", SAME, ids=ascii)
-async def test_a_value_is_the_same_in_redis(space: Space, value: Any, gate: Gate) -> None:
+async def test_a_value_is_the_same_in_redis(space, value, gate):
     copy = {"type": "copy", "inputs": {"v": "x"}}
     every = flow("w -approve-> c -> b", w=WAIT, c=copy, b=gate.broken)
     space.worker()
@@ -1757,27 +1739,17 @@ async def test_a_value_is_the_same_in_redis(space: Space, value: Any, gate: Gate
 
 
 @pytest.mark.parametrize("key", ["", "a/b", "a\nb", "\x00"])
-async def test_a_context_key_is_printable_and_has_no_slash(executor: Any, key: str) -> None:
+async def test_a_context_key_is_printable_and_has_no_slash(executor, key):
     end = await same(executor, one("odd", what="a tuple", key=key))
 
     text = f"a context key is printable and has no slash: not {key!r}"
     assert end.error == f'node "a": ValueError: {text}'
 
 
-async def test_a_dry_run_calls_nothing_in_no_child(executor: Any) -> None:
-    calls = {"type": "rehearsed"}
-    called = family("s a", "final_output", s=SUB, a=calls, c_final_output=calls)
-
-    wet, dry = await same(executor, called), await same(executor, called, dry_run=True)
-
-    assert {*wet.context.values()} == {"called out"}
-    assert {*dry.context.values()} == {"made up"}
-
-
 # Sub-workflows and maps.
 
 
-async def test_a_sub_workflow_gives_its_final_output(executor: Any) -> None:
+async def test_a_sub_workflow_gives_its_final_output(executor):
     end = await same(executor, family("a -> s -> b", s=SUB | {"inputs": {"item": "a"}}, c_x=ITEM))
 
     child = await in_memory(family("s", s=SUB, c_x=ITEM), {"item": end.context["a"]})
@@ -1785,7 +1757,7 @@ async def test_a_sub_workflow_gives_its_final_output(executor: Any) -> None:
     assert "child.x#1:default" in end.done
 
 
-async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor: Any) -> None:
+async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor):
     named = SUB | {"outputs": {"one": "x", "two": "final_output", "three": "never"}}
 
     end = await same(executor, family("s", "x -> final_output; x -no-> never", s=named))
@@ -1793,35 +1765,41 @@ async def test_a_sub_workflow_gives_the_outputs_that_are_named(executor: Any) ->
     assert end.context.keys() == {"one", "two"}
 
 
-async def test_a_flow_may_run_itself_if_a_node_chooses_between_that_and_nothing(
-    executor: Any,
-) -> None:
-    more = {"type": "switch", "inputs": {"value": "left/0"}, "otherwise": "default"}
-    again = SUB | {"workflowId": "flow", "inputs": {"left": "left/1"}}
-    recursive = flow("more -yes-> again", {"left": ["yes", ["no"]]}, more=more, again=again)
+@pytest.mark.parametrize("given, tone", [({}, "mild"), ({"tone": "wild"}, "wild")])
+async def test_a_child_has_the_parents_value_or_else_its_own_default(executor, given, tone):
+    text = TEXT | {"promptTemplate": "{{tone}}"}
+    graphs = {"flow": graph("s", s=SUB), "child": graph("s -> o", s=SUB, o=TEXT)}
+    graphs["child"]["nodes"][0]["data"]["workflowId"] = "grandchild"
+    graphs["child"]["nodes"][1]["data"] = {"promptTemplate": "{{s}}", "inputs": {"s": "s"}}
+    graphs["grandchild"] = graph("o", {"tone": "mild"}, o=text)
 
-    end = await same(executor, recursive)
+    end = await same(executor, Registry(graphs)["flow"], given)
 
-    assert end.done == ["flow.again#1:default", "flow.more#1:default", "flow.more#1:yes"]
+    assert end.context["s"] == tone
 
 
-async def test_children_may_come_from_a_generator_and_name_their_keys_in_any_order(
-    executor: Any,
-) -> None:
+async def test_a_dry_run_calls_nothing_nor_do_its_children(executor, model):
+    asking = family("s a", "final_output", s=SUB, a=ASK, c_final_output=ASK)
+
+    end = await same(executor, asking, dry_run=True)
+
+    made_up = {"s": "made-up answer of final_output", "a": "made-up answer of a"}
+    assert end.context == made_up and not model.asked
+
+
+async def test_children_may_come_from_a_generator_and_name_their_keys_in_any_order(executor):
     end = await same(executor, family("a", a={"type": "loose", "child": "child"}))
 
     assert [each.keys() for each in end.context["a"]] == [{"x"}]
 
 
-async def test_a_childs_failure_is_its_parents_and_names_both_nodes(
-    executor: Any, gate: Gate
-) -> None:
+async def test_a_childs_failure_is_its_parents_and_names_both_nodes(executor, gate):
     end = await same(executor, family("a -> s -> b", s=SUB, c_x=gate.broken))
 
     assert end.error == 'node "s": run ID of "child" failed: node "x": it is broken'
 
 
-async def test_a_childs_failure_takes_its_parents_error_edge(executor: Any, gate: Gate) -> None:
+async def test_a_childs_failure_takes_its_parents_error_edge(executor, gate):
     run = await family("s -error-> b; s -> c", s=SUB, c_x=gate.broken).run({}, executor)
     end = await end_of(run)
 
@@ -1829,36 +1807,24 @@ async def test_a_childs_failure_takes_its_parents_error_edge(executor: Any, gate
     assert end.done == ["flow.b#1:default", "flow.s#1:error"]
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 30])
-async def test_a_map_gives_its_childrens_results_in_the_order_of_the_list(
-    executor: Any, count: int
-) -> None:
+async def test_a_map_gives_its_childrens_results_in_the_order_of_the_list(executor):
     mapped = family("m -> b", m=MAP, c_x=ITEM)
-    items = [f"item {i}" for i in range(count)]
+    items = [f"item {i}" for i in range(30)]
 
     end = await same(executor, mapped, {"items": items})
 
     alone = [await in_memory(mapped, {"items": [item]}) for item in items]
     assert end.context["m"] == [found.context["m"][0] for found in alone]
-    assert end.done.count("child.x#1:default") == count
+    assert end.done.count("child.x#1:default") == 30
 
 
-async def test_a_map_over_what_is_no_list_is_an_error(executor: Any) -> None:
+async def test_a_map_over_what_is_no_list_is_an_error(executor):
     end = await same(executor, family("m", m=MAP, c_x=ITEM), {"items": "abc"})
 
     assert end.error == 'node "m": "items" must be a list, not abc'
 
 
-async def test_a_map_in_a_loop_has_new_children_in_each_round(executor: Any) -> None:
-    rounds = {"actions": ["more", "done"]}
-    mapped = family("m -> b; b -more-> m; b -done-> c", m=MAP, b=rounds, c_x=ITEM)
-
-    end = await same(executor, mapped, {"items": [1, 2]})
-
-    assert end.done.count("child.x#1:default") == 4
-
-
-async def test_runs_are_nested_16_deep_at_most(executor: Any) -> None:
+async def test_runs_are_nested_16_deep_at_most(executor):
     inner = SUB | {"workflowId": "flow", "inputs": {"n": "a"}}
     recursive = flow("a -more-> s; a -done-> z", a={"type": "countdown"}, s=inner)
 
@@ -1873,7 +1839,7 @@ async def test_runs_are_nested_16_deep_at_most(executor: Any) -> None:
 
 
 @own_executors
-async def test_a_person_is_asked_and_the_first_answer_wins(executor: Any) -> None:
+async def test_a_person_is_asked_and_the_first_answer_wins(executor):
     run = await flow(APPROVAL, w=WAIT | {"question": "Is {{a}} good?"}).run({}, executor)
     question = await question_of(run)
 
@@ -1889,7 +1855,7 @@ async def test_a_person_is_asked_and_the_first_answer_wins(executor: Any) -> Non
     assert told == ["started", "done", "parked", "answered", "done", "done", "completed"]
 
 
-async def test_in_memory_a_childs_question_is_answered_by_its_run() -> None:
+async def test_in_memory_a_childs_question_is_answered_by_its_run():
     run = await family("s", "w -approve-> final_output", s=SUB, c_w=WAIT).run()
     await question_of(run, 2)  # the first to park is its parent
     [child] = {each["run"] async for each in run.events(follow=False)} - {run.id}
@@ -1899,7 +1865,7 @@ async def test_in_memory_a_childs_question_is_answered_by_its_run() -> None:
     assert (await end_of(run)).status == COMPLETED
 
 
-async def test_what_is_nested_16_deep_may_still_ask() -> None:
+async def test_what_is_nested_16_deep_may_still_ask():
     ctx = Context({}, depth=agentflow.MAX_DEPTH)
 
     outcome = await execute(one("idle", question="Good?").nodes["a"], ctx, quiet)
@@ -1908,20 +1874,7 @@ async def test_what_is_nested_16_deep_may_still_ask() -> None:
 
 
 @own_executors
-async def test_a_remark_leads_to_another_round_which_asks_anew(executor: Any) -> None:
-    asking = flow("a -> w; w -change-> a; w -approve-> b", w=WAIT | {"otherwise": "change"})
-    run = await asking.run({}, executor)
-
-    for count, answer in enumerate(["shorter", "approve"], 1):
-        await question_of(run, count)
-        await run.answer("w", answer)
-    end = await end_of(run)
-
-    assert end.done == activations("a w:change a#2 w#2:approve b")
-
-
-@own_executors
-async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Gate) -> None:
+async def test_what_asks_nothing_cannot_be_answered(executor, gate):
     busy = family("a -> b; m", a=gate.data, m=MAP, c_x=gate.data)
     run = await busy.run({"items": [1]}, executor)
     await gate.reached("a"), await gate.reached("x")
@@ -1930,12 +1883,21 @@ async def test_what_asks_nothing_cannot_be_answered(executor: Any, gate: Gate) -
         with pytest.raises(RunError, match="does not wait for an answer"):
             await run.answer(node, "yes")
 
-    gate.open("a", "x")
-    assert (await end_of(run)).status == COMPLETED
+
+@own_executors
+async def test_a_failed_run_takes_no_answer(executor, gate):
+    asks = flow("w -approve-> a; b -> c", w=WAIT, b=gate.data | gate.broken)
+    run = await asks.run({}, executor)
+    await question_of(run)
+    gate.open("b")
+    await wait_until(lambda: is_status(run, FAILED))
+
+    with pytest.raises(RunError, match="does not wait for an answer"):
+        await run.answer("w", "approve")
 
 
 @own_executors
-async def test_what_a_run_tells_of_itself_is_a_copy(executor: Any, gate: Gate) -> None:
+async def test_what_a_run_tells_of_itself_is_a_copy(executor, gate):
     gated = flow("a -> b", a=gate.data)
     run = await gated.run({}, executor)
     await gate.reached("a")
@@ -1947,32 +1909,28 @@ async def test_what_a_run_tells_of_itself_is_a_copy(executor: Any, gate: Gate) -
     await opened(gate, run, gated)
 
 
+NO_ANSWERS = {
+    "is not JSON": ({1}, "approve"),
+    "has 1,048,577 characters": ("x" * (agentflow.MAX_VALUE - 1), "x" * (agentflow.MAX_VALUE - 2)),
+}
+
+
 @own_executors
-async def test_an_answer_that_is_not_json_leaves_the_question(executor: Any) -> None:
+@pytest.mark.parametrize("why", NO_ANSWERS)
+async def test_a_question_stays_if_its_answer_is_no_value(executor, why):
+    wrong, right = NO_ANSWERS[why]
     run = await flow(APPROVAL, w=WAIT).run({}, executor)
     await question_of(run)
 
-    with pytest.raises(ValueError, match="the answer is not JSON"):
-        await run.answer("w", {1})
-    await run.answer("w", "approve")
+    with pytest.raises(ValueError, match=f"the answer {why}"):
+        await run.answer("w", wrong)
+    await run.answer("w", right)
 
     assert (await end_of(run)).done == activations("a w:approve b")
 
 
 @own_executors
-async def test_an_answer_may_be_as_large_as_any_value(executor: Any) -> None:
-    run = await flow(APPROVAL, w=WAIT).run({}, executor)
-    await question_of(run)
-
-    with pytest.raises(ValueError, match="the answer has"):
-        await run.answer("w", "x" * (agentflow.MAX_VALUE - 1))
-    await run.answer("w", "x" * (agentflow.MAX_VALUE - 2))
-
-    assert (await end_of(run)).done == activations("a w:approve b")
-
-
-@own_executors
-async def test_a_question_and_an_error_may_hold_what_is_not_unicode(executor: Any) -> None:
+async def test_a_question_and_an_error_may_hold_what_is_not_unicode(executor):
     asking = flow(APPROVAL, w=WAIT | {"question": "Is {{x}} good?", "inputs": {"x": "x"}})
     run = await asking.run({"x": "\ud83d"}, executor)
     question = await question_of(run)
@@ -1983,22 +1941,25 @@ async def test_a_question_and_an_error_may_hold_what_is_not_unicode(executor: An
     assert failed.status == FAILED and failed.error.endswith("not \\ud83d")
 
 
-async def test_a_node_that_parks_for_nothing_has_failed(executor: Any) -> None:
-    end = await same(executor, one("idle"))
-
-    said = "it parks for either children or a question that is not empty"
-    assert (end.status, end.error) == (FAILED, f'node "a": {said}')
+# What a node must not do.
 
 
-async def test_a_node_starts_no_flow_that_its_runs_does_not_name(executor: Any) -> None:
-    end = await same(executor, family("a", a={"type": "idle", "child": "child"}))
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({}, "it parks for either children or a question that is not empty"),
+        ({"child": "child"}, 'it starts "child", which its runs() does not name'),
+    ],
+    ids=["nothing", "a flow that its runs does not name"],
+)
+async def test_a_node_that_parks_for_what_it_may_not_has_failed(executor, given, said):
+    end = await same(executor, family("a", a={"type": "idle"} | given))
 
-    said = 'it starts "child", which its runs() does not name'
     assert (end.status, end.error) == (FAILED, f'node "a": {said}')
 
 
 @own_executors
-async def test_a_node_parks_once_an_activation(executor: Any) -> None:
+async def test_a_node_parks_once_an_activation(executor):
     run = await one("idle", question="Good?").run({}, executor)
     await question_of(run)
 
@@ -2008,62 +1969,49 @@ async def test_a_node_parks_once_an_activation(executor: Any) -> None:
     assert (await end_of(run)).error == f'node "a": {said}'
 
 
-@pytest.mark.parametrize("tokens", [0.5, True, 2**53 + 1, -(10**30)])
-async def test_a_node_that_has_used_what_is_no_count_has_failed(executor: Any, tokens: Any) -> None:
-    end = await same(executor, one("spender", tokens=tokens))
+NO_USAGE = [("total", number) for number in (0.5, True, 2**53 + 1, -(10**30))]
+NO_USAGE += [(kind, 1) for kind in (None, 1, "\ud800", "a\nb")]
+
+
+@pytest.mark.parametrize("kind, tokens", NO_USAGE, ids=ascii)
+async def test_a_node_that_has_used_what_has_no_name_or_is_no_count_has_failed(
+    executor, kind, tokens
+):
+    end = await same(executor, one("spender", kind=kind, tokens=tokens))
 
     said = 'node "a": ValueError: its usage is whole tokens by kind, not '
     assert end.status == FAILED and end.error.startswith(said)
 
 
-@pytest.mark.parametrize("kind", [None, 1, "\ud800", "a\nb"])
-async def test_a_node_that_has_used_what_has_no_name_has_failed(executor: Any, kind: Any) -> None:
-    end = await same(executor, one("spender", tokens=1, kind=kind))
-
-    said = 'node "a": ValueError: its usage is whole tokens by kind, not '
-    assert end.status == FAILED and end.error.startswith(said)
-
-
-async def test_usage_that_is_no_count_is_left_out_where_an_edge_carries_the_error(
-    executor: Any,
-) -> None:
+async def test_usage_that_is_no_count_is_left_out_where_an_edge_carries_the_error(executor):
     end = await same(executor, flow("a -error-> b", a={"type": "spender", "tokens": 0.5}))
 
     assert (end.status, end.usage) == (COMPLETED, {})
 
 
-@pytest.mark.parametrize("step", ["prep", "exec", "post"])
-async def test_a_node_that_cancels_itself_has_failed(executor: Any, step: str) -> None:
-    end = await same(executor, one("cancelling", step=step))
-
-    assert (end.status, end.error) == (FAILED, 'node "a": it has cancelled itself')
-
-
-ENDS = ["panic", "time-out", "fail", "ask", "close", "exit", "exit at once"]
+CANCELS = ["cancel in prep", "cancel in exec", "cancel in post", "ask", "time-out"]
+ENDS = dict.fromkeys(CANCELS, "it has cancelled itself")
+ENDS |= {"fail": "it has failed", "panic": "Panic: ", "close": "it raises GeneratorExit()"}
+ENDS |= dict.fromkeys(["exit", "exit at once"], "it raises SystemExit('no such option')")
 
 
 @pytest.mark.parametrize("how", ENDS)
-async def test_a_node_that_ends_its_task_has_failed_like_any_other(executor: Any, how: str) -> None:
+async def test_a_node_that_ends_its_task_has_failed_like_any_other(executor, how):
     end = await same(executor, flow("a -error-> b", a={"type": "breaking", "how": how}))
 
     assert end.done == activations("a:error b")
-
-
-async def test_a_node_that_would_end_the_process_has_failed_and_says_so(executor: Any) -> None:
-    end = await same(executor, one("breaking", how="exit"))
-
-    assert end.error == "node \"a\": it raises SystemExit('no such option')"
+    assert end.context["a"] == f'node "a": {ENDS[how]}'
 
 
 @own_executors
-async def test_an_error_that_cannot_be_told_does_not_hang_its_run(executor: Any) -> None:
-    mute = one("breaking", how="mute", config={"retries": 0})
+async def test_an_error_that_cannot_be_told_does_not_hang_its_run(executor):
+    mute = one("breaking", how="mute", **ONCE)
 
     assert (await end_of(await mute.run({}, executor))).status == FAILED
 
 
-async def test_an_error_that_cannot_be_told_is_in_the_log() -> None:
-    run = await one("breaking", how="mute", config={"retries": 0}).run()
+async def test_an_error_that_cannot_be_told_is_in_the_log():
+    run = await one("breaking", how="mute", **ONCE).run()
     end = await end_of(run)
 
     [told] = await asyncio.gather(*run.tasks, return_exceptions=True)  # what asyncio would log
@@ -2071,40 +2019,13 @@ async def test_an_error_that_cannot_be_told_is_in_the_log() -> None:
     assert str(told) == "it is gone" and end.error == "RuntimeError, as the log shows"
 
 
-async def test_what_a_node_does_to_its_task_is_not_held_against_the_next(executor: Any) -> None:
+async def test_what_a_node_does_to_its_task_is_not_held_against_the_next(executor):
     hears_nothing = {"type": "breaking", "how": "hear nothing"}
-    cancels = {"type": "cancelling", "step": "exec"}
+    cancels = {"type": "breaking", "how": "cancel in exec"}
 
     end = await same(executor, flow("a -> b; b -error-> c", a=hears_nothing, b=cancels))
 
     assert end.done == activations("a b:error c")
-
-
-@own_executors
-async def test_a_failed_run_takes_no_answer(executor: Any, gate: Gate) -> None:
-    asks = flow("w -approve-> a; b -> c", w=WAIT, b=gate.data | gate.broken)
-    run = await asks.run({}, executor)
-    await question_of(run)
-    gate.open("b")
-    await wait_until(lambda: is_status(run, FAILED))
-
-    with pytest.raises(RunError, match="does not wait for an answer"):
-        await run.answer("w", "approve")
-
-
-@pytest.mark.parametrize("given, tone", [({}, "mild"), ({"tone": "wild"}, "wild")])
-async def test_a_child_has_the_parents_value_or_else_its_own_default(
-    executor: Any, given: dict[str, Any], tone: str
-) -> None:
-    text = TEXT | {"promptTemplate": "{{tone}}"}
-    graphs = {"flow": graph("s", s=SUB), "child": graph("s -> o", s=SUB, o=TEXT)}
-    graphs["child"]["nodes"][0]["data"]["workflowId"] = "grandchild"
-    graphs["child"]["nodes"][1]["data"] = {"promptTemplate": "{{s}}", "inputs": {"s": "s"}}
-    graphs["grandchild"] = graph("o", {"tone": "mild"}, o=text)
-
-    end = await same(executor, Registry(graphs)["flow"], given)
-
-    assert end.context["s"] == tone
 
 
 # ── 11. Graph files ──────────────────────────────────────────────────────────────────────────
@@ -2117,12 +2038,11 @@ TYPE = '$.nodes[0].type: there is no node type "pur"; did you mean "pure"? (--im
 # Each with its findings, after the file's name.
 BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
     "a list": ([], "$: must be an object, not []"),
-    "a number": (5, "$: must be an object, not 5"),
     "nothing in it": ({}, "$.nodes: is missing; it must be a list"),
     "no nodes": (pures(), SIZE),
     "too many nodes": (pures(*range(2001)), SIZE),
-    "unsafe ids": (
-        pures("", "\0", "a\n", "a:b", "*", "{a}", "a/b"),
+    "unsafe ids, and what is none": (
+        pures("", "\0", "a\n", "a:b", "*", "{a}", "a/b", True, None, 1.5, "x" * 10240),
         f'$.nodes[0].id: {ID}, not ""',
         rf'$.nodes[1].id: {ID}, not "\u0000"',
         rf'$.nodes[2].id: {ID}, not "a\n"',
@@ -2130,13 +2050,10 @@ BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
         f'$.nodes[4].id: {ID}, not "*"',
         f'$.nodes[5].id: {ID}, not "{{a}}"',
         f'$.nodes[6].id: {ID}, not "a/b"',
-    ),
-    "ids of another kind": (
-        pures(True, None, 1.5, "x" * 10240),
-        f"$.nodes[0].id: {ID}, not true",
-        f"$.nodes[1].id: {ID}, not null",
-        f"$.nodes[2].id: {ID}, not 1.5",
-        f'$.nodes[3].id: {ID}, not "{"x" * 79}',
+        f"$.nodes[7].id: {ID}, not true",
+        f"$.nodes[8].id: {ID}, not null",
+        f"$.nodes[9].id: {ID}, not 1.5",
+        f'$.nodes[10].id: {ID}, not "{"x" * 79}',
     ),
     "an id twice": (
         pures("a", "a"),
@@ -2155,15 +2072,16 @@ BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
         graph("a", a={"aktions": []}),
         '$.nodes[0].data.aktions: is not a field here; did you mean "actions"?',
     ),
-    "numbers of the wrong kind": (
-        graph("a", a={"config": {"retries": True, "timeout": -1}}),
+    "numbers of the wrong kind or size": (
+        graph(
+            "a b",
+            a={"config": {"retries": True, "timeout": -1}},
+            b={"config": {"retries": "2", "timeout": 1e9}},
+        ),
         "$.nodes[0].config.retries: must be a whole number from 0 to 1000, not true",
         "$.nodes[0].config.timeout: must be seconds, at most 86400, not -1",
-    ),
-    "a number as a string, a huge timeout": (
-        graph("a", a={"config": {"retries": "2", "timeout": 1e9}}),
-        '$.nodes[0].config.retries: must be a whole number from 0 to 1000, not "2"',
-        "$.nodes[0].config.timeout: must be seconds, at most 86400, not 1000000000.0",
+        '$.nodes[1].config.retries: must be a whole number from 0 to 1000, not "2"',
+        "$.nodes[1].config.timeout: must be seconds, at most 86400, not 1000000000.0",
     ),
     "inputs as a list": (
         graph("a", a={"inputs": ["x"]}),
@@ -2252,7 +2170,7 @@ BAD_GRAPHS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", BAD_GRAPHS)
-def test_a_bad_graph_is_refused_with_every_finding_and_its_place(name: str) -> None:
+def test_a_bad_graph_is_refused_with_every_finding_and_its_place(name):
     bad, *findings = BAD_GRAPHS[name]
 
     with pytest.raises(GraphError) as refused:
@@ -2271,16 +2189,19 @@ GOOD_GRAPHS = {
     "a flow that may run itself": graph(
         "a -more-> s; a -done-> z", a={"type": "countdown"}, s=SUB | {"workflowId": "flow"}
     ),
+    "a flow that may run itself, or nothing": graph(
+        "a -more-> s", a=SWITCH | {"otherwise": "default"}, s=SUB | {"workflowId": "flow"}
+    ),
 }
 
 
 @pytest.mark.parametrize("name", GOOD_GRAPHS)
-def test_what_cannot_go_wrong_is_not_refused(name: str) -> None:
+def test_what_cannot_go_wrong_is_not_refused(name):
     assert Registry({"flow": GOOD_GRAPHS[name]})["flow"].starts == ["a"]
 
 
 @pytest.mark.parametrize("count, good", [(10_000, True), (10_001, False)])
-def test_a_graph_has_at_most_10000_edges(count: int, good: bool) -> None:
+def test_a_graph_has_at_most_10000_edges(count, good):
     pairs = itertools.islice(itertools.combinations(range(142), 2), count)
     edges = [{"source": a, "target": b} for a, b in pairs]
     edges += edges[: count - len(edges)]
@@ -2303,7 +2224,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_is_no_json_is_a_finding_for_who_asks_for_it(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_no_json_is_a_finding_for_who_asks_for_it(tmp_path, name):
     content, why = BAD_FILES[name]
     (tmp_path / f"{name}.json").write_bytes(content)
     (tmp_path / "good.json").write_text(json.dumps(graph("a")))
@@ -2318,7 +2239,7 @@ def test_a_file_that_is_no_json_is_a_finding_for_who_asks_for_it(tmp_path: Path,
     assert registry["good"].starts == ["a"]
 
 
-def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(graph("a")), "utf-8")
     (tmp_path / "value").write_text("\ufeff[1]", "utf-8")
 
@@ -2326,14 +2247,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert client.values("--input", [f"x=@{tmp_path}/value"]) == {"x": [1]}
 
 
-async def test_a_map_needs_its_list_although_its_child_has_a_default_for_the_item() -> None:
-    graphs = {"flow": graph("m", m=MAP), "child": graph("x", {"item": 1}, x=ITEM)}
-
-    with pytest.raises(RunError, match="lacks an input: items"):
-        await Registry(graphs)["flow"].run({})
-
-
-def test_many_branches_of_one_choice_are_checked_in_time() -> None:
+def test_many_branches_of_one_choice_are_checked_in_time():
     branches = {f"b{i}": TEXT for i in range(200)}
     text = "; ".join(f"s -{branch}-> {branch}" for branch in branches)
     started = time.monotonic()
@@ -2343,24 +2257,24 @@ def test_many_branches_of_one_choice_are_checked_in_time() -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_sub_flow_that_many_share_is_not_looked_into_once_for_each_way_to_it() -> None:
+def test_a_sub_flow_that_many_share_is_not_looked_into_once_for_each_way_to_it():
     graphs = {f"f{i}": graph("a -> b", a=SUB, b=SUB) for i in range(12)}
     for i, each in enumerate(graphs.values()):
         for node in each["nodes"]:
             node["data"]["workflowId"] = f"f{i + 1}"
-    before = Numbered.made
+    before = Built.count
 
-    found = Registry(graphs | {"f12": graph("a", {"x": 1}, a={"type": "numbered"})})["f0"]
+    found = Registry(graphs | {"f12": graph("a", {"x": 1}, a={"type": "built"})})["f0"]
 
     assert found.nodes["a"].inputs == {"x": ["x"]}
-    assert 0 < Numbered.made - before < 100  # there are 4,096 ways
+    assert 0 < Built.count - before < 100  # there are 4,096 ways
 
 
 STRANGE_TYPES = ["os.system", "builtins.eval", "Node", "__import__('os')", "graphs.nodes.Output"]
 
 
 @pytest.mark.parametrize("name", STRANGE_TYPES)
-def test_a_node_type_is_a_registered_name_and_nothing_else(name: str) -> None:
+def test_a_node_type_is_a_registered_name_and_nothing_else(name):
     with pytest.raises(GraphError) as refused:
         Registry({"flow": {"nodes": [{"id": "a", "type": name}]}})["flow"]
 
@@ -2392,7 +2306,7 @@ ANCESTORS = {  # graphs in the format of the TypeScript ancestor: numeric file n
 }
 
 
-async def test_graphs_of_the_ancestor_load_and_run_unchanged(executor: Any, tmp_path: Path) -> None:
+async def test_graphs_of_the_ancestor_load_and_run_unchanged(executor, tmp_path):
     for name, text in ANCESTORS.items():
         (tmp_path / f"{name}.json").write_text(text)
     ancestor = load(tmp_path)["1"]
@@ -2408,7 +2322,7 @@ async def test_graphs_of_the_ancestor_load_and_run_unchanged(executor: Any, tmp_
 # ── 12. Models and HTTP ──────────────────────────────────────────────────────────────────────
 
 
-async def test_a_model_is_asked_through_the_openai_client(executor: Any, model: Model) -> None:
+async def test_a_model_is_asked_through_the_openai_client(executor, model):
     model.script["Ada"] = ["  Hello Ada\n"]
 
     end = await end_of(await flow("a", a=ASK).run({}, executor))
@@ -2431,7 +2345,7 @@ RETRIED: dict[str, tuple[int, list[Any]]] = {  # the retries that it takes
 
 
 @pytest.mark.parametrize("name", RETRIED)
-async def test_a_model_that_may_get_better_is_asked_again(model: Model, name: str) -> None:
+async def test_a_model_that_may_get_better_is_asked_again(model, name):
     retries, model.script["Ada"] = RETRIED[name][0], [*RETRIED[name][1]]
     config = {"retries": retries, "timeout": 0.5 if name == "a timeout" else 30}
     started = time.monotonic()
@@ -2455,7 +2369,7 @@ GIVEN_UP = {
 
 
 @pytest.mark.parametrize("name", GIVEN_UP)
-async def test_what_cannot_get_better_is_asked_once(executor: Any, model: Model, name: str) -> None:
+async def test_what_cannot_get_better_is_asked_once(executor, model, name):
     reply, text = GIVEN_UP[name]
     model.script["Ada"] = [reply]
 
@@ -2466,9 +2380,7 @@ async def test_what_cannot_get_better_is_asked_once(executor: Any, model: Model,
     assert len(model.asked) == 1
 
 
-async def test_a_wrong_label_is_asked_for_once_more_and_then_goes_otherwise(
-    executor: Any, model: Model
-) -> None:
+async def test_a_wrong_label_is_asked_for_once_more_and_then_goes_otherwise(executor, model):
     model.script["Which"] = ["perhaps left", '"Left."', "untrue", "or so"]
     routed = flow("a -left-> b; a -right-> c", a=ROUTE | {"otherwise": "right"})
 
@@ -2489,7 +2401,7 @@ LABELS = {  # the label that an answer means, of those on the edges
 
 
 @pytest.mark.parametrize("answer", LABELS)
-async def test_an_answer_takes_the_one_label_that_it_means(model: Model, answer: str) -> None:
+async def test_an_answer_takes_the_one_label_that_it_means(model, answer):
     labels, label = LABELS[answer]
     model.script["Which"] = [answer] * 4
     routed = graph("a -d-> z", a=ROUTE | {"otherwise": "d"})
@@ -2501,7 +2413,7 @@ async def test_an_answer_takes_the_one_label_that_it_means(model: Model, answer:
 
 
 @pytest.mark.parametrize("example", [True, "True", "true."])
-async def test_an_example_means_a_label_as_an_answer_does(example: Any) -> None:
+async def test_an_example_means_a_label_as_an_answer_does(example):
     data = ROUTE | {"type": "llm-condition", "example": example}
 
     end = await in_memory(flow("a -true-> b; a -false-> c", a=data), dry_run=True)
@@ -2509,17 +2421,15 @@ async def test_an_example_means_a_label_as_an_answer_does(example: Any) -> None:
     assert end.done == activations("a:true b")
 
 
-async def test_the_names_in_two_templates_are_found_apart() -> None:
+async def test_the_names_in_two_templates_are_found_apart():
     texts = {"system": "{{ opens", "promptTemplate": 'closes }} {{a"b}}', "inputs": {'a"b': "x"}}
 
     assert flow("a", a=ASK | texts).nodes["a"].names() == ['a"b']
 
 
-async def test_without_otherwise_a_wrong_label_is_an_error_that_shows_it(
-    executor: Any, model: Model
-) -> None:
+async def test_without_otherwise_a_wrong_label_is_an_error_that_shows_it(executor, model):
     model.script["Which"] = ["untrue"] * 6
-    data = ROUTE | {"type": "llm-condition", "config": {"retries": 0}}
+    data = ROUTE | ONCE | {"type": "llm-condition"}
 
     end = await end_of(await flow("a -true-> b; a -false-> c", a=data).run({}, executor))
 
@@ -2527,7 +2437,7 @@ async def test_without_otherwise_a_wrong_label_is_an_error_that_shows_it(
 
 
 @own_executors
-async def test_a_models_tokens_are_added_up_from_children_too(executor: Any, model: Model) -> None:
+async def test_a_models_tokens_are_added_up_from_children_too(executor, model):
     asking = family("a -> m", a=ASK, m=MAP, c_x=ASK)
 
     end = await end_of(await asking.run({"items": [1, 2, 3]}, executor))
@@ -2545,28 +2455,26 @@ SCHEMES = [
 
 
 @pytest.mark.parametrize("url", SCHEMES)
-async def test_a_request_goes_to_http_and_https_only(executor: Any, url: str) -> None:
+async def test_a_request_goes_to_http_and_https_only(url):
     asks = HTTP | {"url": url, "inputs": {"v": "v"}}
 
-    end = await same(executor, flow("a", {"v": "file:///etc/passwd"}, a=asks))
+    end = await in_memory(flow("a", {"v": "file:///etc/passwd"}, a=asks))
 
     assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:99999", "127.0.0.1:http", "[::1"])
-async def test_a_url_without_a_host_or_port_is_said_to_be_none(host: str) -> None:
+async def test_a_url_without_a_host_or_port_is_said_to_be_none(host):
     end = await in_memory(flow("a", a=HTTP | {"url": f"http://{host}/"}))
 
     assert "that is not the URL of a server: " in end.error and host not in end.error
 
 
 @pytest.mark.parametrize("value", ["a\r\nEvil: yes", "a\nb", "\0", "\x7f", "a\u2028b", "\x85"])
-async def test_a_header_takes_no_control_characters(
-    executor: Any, model: Model, value: str
-) -> None:
+async def test_a_header_takes_no_control_characters(model, value):
     data = {"url": model.url, "method": "post", "headers": {"x-y": "{{v}}"}, "inputs": {"v": "v"}}
 
-    end = await same(executor, flow("a", {"v": value}, a=HTTP | data))
+    end = await in_memory(flow("a", {"v": value}, a=HTTP | data))
 
     assert end.error.endswith("it takes http(s)://host/... and headers without control characters")
     assert not model.asked
@@ -2583,9 +2491,7 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("value", INJECTIONS)
-async def test_a_value_is_encoded_for_where_it_stands(
-    executor: Any, model: Model, value: str
-) -> None:
+async def test_a_value_is_encoded_for_where_it_stands(executor, model, value):
     body = '{"model": {{v}}, "messages": [{"role": "user", "content": {{v}}}]}'
     data = {"url": f"{model.url}/x/{{{{v}}}}?q={{{{v}}}}", "parse": "json", "inputs": {"v": "v"}}
 
@@ -2598,7 +2504,7 @@ async def test_a_value_is_encoded_for_where_it_stands(
     assert model.asked == [value] * 2
 
 
-async def test_a_redirect_is_not_followed(executor: Any, model: Model) -> None:
+async def test_a_redirect_is_not_followed(executor, model):
     model.script["Ada"] = [(302, {"Location": f"{model.url}/elsewhere"}, "{}")] * 2
 
     end = await same(executor, flow("a", a=post_to(model)))
@@ -2610,23 +2516,21 @@ async def test_a_redirect_is_not_followed(executor: Any, model: Model) -> None:
 
 
 @pytest.mark.parametrize("name", [*USE_CASES, "announcement"])
-async def test_a_use_case_runs_dry_from_its_examples(executor: Any, name: str) -> None:
-    end = await same(executor, load(HERE / "graphs")[name], dry_run=True)
+async def test_a_use_case_runs_dry_from_its_examples(executor, name):
+    end = await same(executor, GRAPHS[name], dry_run=True)
 
     assert end.status == COMPLETED and isinstance(end.result, str)
     assert "made-up" not in json.dumps(end.context)
 
 
 @pytest.mark.parametrize("name", USE_CASES)
-async def test_a_use_case_gives_the_same_with_a_model_everywhere(
-    executor: Any, model: Model, name: str
-) -> None:
+async def test_a_use_case_gives_the_same_with_a_model_everywhere(executor, model, name):
     end = await same(executor, use_cases(model)[name])
 
     assert (end.status, end.error) == (COMPLETED, "")
 
 
-async def test_two_workers_run_eight_of_each_use_case_at_once(space: Space, model: Model) -> None:
+async def test_two_workers_run_eight_of_each_use_case_at_once(space, model):
     registry = use_cases(model)
     plan = []
     for name, i in itertools.product(USE_CASES, range(8)):
@@ -2644,7 +2548,7 @@ async def test_two_workers_run_eight_of_each_use_case_at_once(space: Space, mode
 
 
 @pytest.mark.parametrize("executor, name", PLAYED, indirect=["executor"])
-async def test_each_pattern_does_what_its_file_says(executor: Any, name: str) -> None:
+async def test_each_pattern_does_what_its_file_says(executor, name):
     expected = EXPECTED[name]
     run = await PATTERNS[name].run({}, executor)
 
@@ -2653,7 +2557,7 @@ async def test_each_pattern_does_what_its_file_says(executor: Any, name: str) ->
     assert came == {key: expected[key] for key in ("nodes", "result", "status") if key in expected}
 
 
-def test_the_page_of_patterns_is_drawn_from_the_graphs() -> None:
+def test_the_page_of_patterns_is_drawn_from_the_graphs():
     page = (HERE / "graphs" / "patterns" / "README.md").read_text("utf-8")
 
     assert draw.drawn(page) == page
@@ -2664,10 +2568,10 @@ def test_the_page_of_patterns_is_drawn_from_the_graphs() -> None:
 # A gate makes the moment certain at which a worker is killed, frozen or cut off.
 
 
-# Killed and stopped.
+# Killed.
 
 
-async def test_a_dead_workers_job_is_run_by_another(space: Space, gate: Gate) -> None:
+async def test_a_dead_workers_job_is_run_by_another(space, gate):
     gated = flow("a -> b c -> d", b=gate.data)
     first, second = space.process(), space.process()
     run = await gated.run({}, space.executor)
@@ -2681,22 +2585,7 @@ async def test_a_dead_workers_job_is_run_by_another(space: Space, gate: Gate) ->
     assert (await second.stop())["reaped"] >= 1
 
 
-async def test_runs_of_a_worker_that_was_alone_go_on_when_another_comes(
-    space: Space, gate: Gate
-) -> None:
-    gated = flow("s -> a -> b c -> d; d -more-> a; d -z-> z", d=gate.data | {"actions": ["z"]})
-    worker = space.process()
-    runs = [await gated.run({}, space.executor) for _ in range(20)]
-    await gate.reached("d", 10)
-
-    worker.kill()
-    space.process()
-
-    for run in runs:
-        await opened(gate, run, gated)
-
-
-async def test_a_parked_jobs_worker_may_die(space: Space, gate: Gate) -> None:
+async def test_a_parked_jobs_worker_may_die(space, gate):
     gated, items = family("a -> m -> b", m=MAP, c_x=ITEM | gate.data), {"items": [1, 2, 3]}
     worker = space.process()
     run = await gated.run(items, space.executor)
@@ -2709,9 +2598,52 @@ async def test_a_parked_jobs_worker_may_die(space: Space, gate: Gate) -> None:
     await as_in_memory(run, gated, items)
 
 
-async def test_what_is_reaped_is_moved_and_not_copied(space: Space, gate: Gate) -> None:
+async def test_a_worker_may_die_between_starting_a_child_and_parking(space, gate):
+    parent = family("s -> b", s=SUB, c_x=gate.noted)
+    run = await parent.run({}, space.executor)
+    hand = Hand(space, parent, run)  # which is dead
+    await hand.start_child(hand.take("s"))
+
+    space.worker()
+
+    await committed_once(space, run, parent)
+    assert len(gate.begun("x")) == 2  # here and in memory
+
+
+async def test_a_map_that_was_begun_with_more_children_does_not_wait_for_them(space):
+    mapped = family("m -> b", m=MAP, c_x=ITEM)
+    run = await mapped.run({"items": [1]}, space.executor)
+    hand = Hand(space, mapped, run)  # which dies after the first of two children
+    await hand.start_child(hand.take("m"), {"item": 1}, count=2)
+
+    space.worker(lease=0.3)
+    failed = await end_of(run)
+    await run.resume({"items": [1, 2]})
+
+    why = "its prep now gives 1, and not all that it gave at first were started"
+    assert failed.error == f'node "m": children are missing: {why}'
+    await as_in_memory(run, mapped, {"items": [1, 2]})
+
+
+async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space):
+    parent = family("s -> b", s=SUB)
+    run = await parent.run({}, space.executor)
+    hand = Hand(space, parent, run, alive=100)
+    job = hand.take("s")
+    child = await hand.start_child(job)
+    space.worker()
+    await wait_until(lambda: is_status(child, COMPLETED))
+    assert space.lists() == [job] and not (await run.status()).context  # not queued as well
+
+    event = hand.view.event("parked", node="s")
+    await hand.view.change(RELEASE, job=job, count=1, question="", event=event)
+
+    assert (await end_of(run)).meaning == (await in_memory(parent)).meaning
+
+
+async def test_what_is_reaped_is_moved_and_not_copied(space, gate):
     dying = space.process()
-    run = await flow("a -> b", a=gate.data).run({}, space.executor)
+    await flow("a -> b", a=gate.data).run({}, space.executor)
     await gate.reached("a")
     [held] = [name for name in space.names() if ":processing:" in name]
 
@@ -2720,11 +2652,9 @@ async def test_what_is_reaped_is_moved_and_not_copied(space: Space, gate: Gate) 
     await gate.reached("a", 2)
 
     assert space.redis.lrange(held, 0, -1) == []
-    gate.open("a")
-    assert (await end_of(run)).status == COMPLETED
 
 
-async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate: Gate) -> None:
+async def test_a_reaper_that_looked_too_early_changes_nothing(space, gate):
     gated = flow("a -> b", a=gate.data)
     worker = space.worker(lease=60)
     run = await gated.run({}, space.executor)
@@ -2741,29 +2671,57 @@ async def test_a_reaper_that_looked_too_early_changes_nothing(space: Space, gate
     assert len(gate.begun("a")) == 2  # here and in memory
 
 
-async def test_a_node_without_retries_is_not_started_again_when_its_worker_dies(
-    space: Space, gate: Gate
-) -> None:
-    gated = flow("a -> b", a=gate.data | {"config": {"retries": 0}})
-    worker = space.process()
-    run = await gated.run({}, space.executor)
-    await gate.reached("a")
+async def test_a_worker_does_not_reap_itself(space):
+    await flow("a").run({}, space.executor)
+    worker = space.still()
+    await worker._beat()
+    job = space.deliver(worker.id)
 
-    worker.kill()
-    space.process()
-    end = await end_of(run)
+    space.expire()
+    worker.executor.link.settled_at -= 61
+    await worker._reap()
 
-    assert end.error == 'node "a": 1 workers ended or erred with it; see their logs'
-    assert len(gate.begun("a")) == 1
+    assert space.redis.lrange(worker.processing, 0, -1) == [job] and not worker.counts["reaped"]
 
 
-async def test_nor_is_it_when_its_worker_stops_past_its_grace(space: Space, gate: Gate) -> None:
-    gated = flow("a -> b", a=gate.data | {"config": {"retries": 0}})
+async def test_however_many_workers_are_dead_a_living_one_beats_in_time(space):
+    for number in range(30):
+        await flow("a").run({}, space.executor)
+        space.deliver(f"host-{number}-abcdef")
+        space.redis.zadd(space.key("workers"), {f"host-{number}-abcdef": time.time()})
+    worker = space.still(beat=0.2)
+    worker.executor.link.settled_at -= 10
+    found = exchanges(worker.executor.link)
+
+    tick = asyncio.create_task(worker._tick())
+    await wait_until(lambda: worker.counts["reaped"] == 30)
+
+    assert len(found) <= 5
+    worker._leaving = True
+    await tick
+
+
+async def test_what_the_dead_leave_of_no_run_is_dropped_and_who_leaves_nothing_is_not_spoken_of(
+    space, caplog
+):
+    empty, dead = "host-1-abcdef", "host-2-abcdef"
+    space.redis.zadd(space.key("workers"), dict.fromkeys((empty, dead), time.time()))
+    space.redis.lpush(space.key("processing", dead), "none/a/x")
+
+    worker = space.worker(lease=0.3)
+    await wait_until(lambda: worker.counts["reaped"] == 1)
+
+    assert not space.redis.exists(space.key("run", "none")) and not space.lists()
+    assert f"{dead} is dead" in caplog.text and empty not in caplog.text
+
+
+@pytest.mark.parametrize("how", ["dies", "stops past its grace"])
+async def test_a_node_without_retries_is_not_started_again_when_its_worker_ends(space, gate, how):
     worker = space.process(grace=0.1)
-    run = await gated.run({}, space.executor)
+    run = await flow("a -> b", a=gate.data | ONCE).run({}, space.executor)
     await gate.reached("a")
 
-    await worker.stop()
+    worker.kill() if how == "dies" else await worker.stop()
     space.process()
     end = await end_of(run)
 
@@ -2771,11 +2729,8 @@ async def test_nor_is_it_when_its_worker_stops_past_its_grace(space: Space, gate
     assert len(gate.begun("a")) == 1
 
 
-async def test_nor_is_it_by_a_resume_of_a_run_that_had_failed_before(
-    space: Space, gate: Gate
-) -> None:
-    once = gate.data | {"config": {"retries": 0}}
-    both = flow("a b -> c", a=once, b=gate.broken)
+async def test_nor_is_it_by_a_resume_of_a_run_that_had_failed_before(space, gate):
+    both = flow("a b -> c", a=gate.data | ONCE, b=gate.broken)
     worker = space.process()
     run = await both.run({}, space.executor)
     await gate.reached("a")
@@ -2795,7 +2750,7 @@ async def test_nor_is_it_by_a_resume_of_a_run_that_had_failed_before(
     assert (await end_of(run)).status == COMPLETED
 
 
-async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space) -> None:
+async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space):
     good = flow("a b -> c -> d; d -more-> a; d -done-> e", d={"actions": ["more", "done"]})
     bad = await flow("a -> b", b={"type": "poison"}).run({}, space.executor)
     runs = [await good.run({}, space.executor) for _ in range(20)]
@@ -2814,55 +2769,27 @@ async def test_a_job_that_kills_its_workers_fails_only_its_own_run(space: Space)
     assert [(await end_of(run)).meaning for run in runs] == [expected] * 20
 
 
-async def test_a_worker_runs_no_more_at_once_than_it_may(space: Space, gate: Gate) -> None:
-    wide = flow("s -> a b c d", **dict.fromkeys("sabcd", gate.data))
-    runs = [await wide.run({}, space.executor) for _ in range(2)]
-    space.worker(concurrency=5)
-    await gate.reached("s", 2)
+async def test_a_job_that_killed_five_workers_fails_at_once_and_before_its_flow_is_built(
+    space, gate
+):
+    await flow("b", b=gate.data).run({}, space.executor)  # for which it does not wait
+    run = await one("built").run({}, space.executor)
+    space.charge(run, crashes=5)
+    before = Built.count
 
-    gate.open("s")  # for both, so that both may want the three free slots
-    await wait_until(lambda: sum(len(gate.begun(node)) for node in "abcd") == 5)
+    space.worker()
+    end = await end_of(run)
 
-    await wait_until(lambda: space.redis.llen(space.key("ready")) == 3)  # what has come too much
-    assert sum(len(gate.begun(node)) for node in "abcd") == 5
-    gate.open(*"abcd")
-    assert {(await end_of(run)).status for run in runs} == {COMPLETED}
-
-
-async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space: Space) -> None:
-    spending = flow("a -> b c d", a={"type": "spender", "tokens": 1})
-    run = await spending.run({}, space.executor)
-    usage = space.key("run", run.id), "usage total"
-    space.redis.hset(*usage, "not a number")
-    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
-
-    await wait_until(lambda: space.redis.hget(usage[0], "status") == FAILED)
-
-    assert space.redis.hdel(*usage) and worker.held == {}
-    end = await run.status()
-    assert end.error == 'node "a": 5 workers ended or erred with it; see their logs'
+    assert "5 workers ended or erred with it" in end.error and Built.count == before
 
 
-async def test_a_job_that_no_worker_can_read_comes_once_a_second(space: Space) -> None:
-    both = flow("a -> b")
-    run = await both.run({}, space.executor)
-    key, origin = run.keys[0], space.redis.hget(run.keys[0], "origin")
-    space.redis.hset(key, "origin", '{"shape": "of another version"}')
-    worker, begun = space.worker(), time.monotonic()
-
-    await wait_until(lambda: any(value == "2" for value in space.redis.hgetall(key).values()))
-    took = time.monotonic() - begun
-    space.redis.hset(key, "origin", origin)
-
-    assert took > 1.9 and worker.counts["audited"] == 0
-    await committed_once(space, run, both)
+# Killed twice: a job that may be to blame runs alone.
 
 
-async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate) -> None:
+async def test_a_job_that_has_crashed_twice_runs_alone(space, gate):
     flows = [flow(node, **{node: gate.data}) for node in "abc"]
     runs = [await each.run({}, space.executor) for each in flows]
-    job = next(job for job in space.lists() if "/b/" in job)
-    space.redis.hset(space.key("run", runs[1].id), f"crashes {job}", 2)
+    job = space.charge(runs[1])
 
     worker = space.worker()
     await wait_until(lambda: worker._suspect == job and gate.begun("a"))
@@ -2875,12 +2802,10 @@ async def test_a_job_that_has_crashed_twice_runs_alone(space: Space, gate: Gate)
     assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 3
 
 
-async def test_two_jobs_that_have_crashed_twice_run_one_after_the_other(
-    space: Space, gate: Gate
-) -> None:
+async def test_two_jobs_that_have_crashed_twice_run_one_after_the_other(space, gate):
     runs = [await flow(node, **{node: gate.data}).run({}, space.executor) for node in "ab"]
-    for job in space.lists():
-        space.redis.hset(space.key("run", job.split("/")[0]), f"crashes {job}", 2)
+    for run in runs:
+        space.charge(run)
 
     space.worker()
     await wait_until(lambda: gate.begun("a") or gate.begun("b"))
@@ -2890,9 +2815,7 @@ async def test_two_jobs_that_have_crashed_twice_run_one_after_the_other(
     assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
 
 
-async def test_jobs_that_are_lost_together_are_charged_until_they_have_crashed_twice(
-    space: Space,
-) -> None:
+async def test_jobs_that_are_lost_together_are_charged_until_they_have_crashed_twice(space):
     both = flow("a b -> c")
     run = await both.run({}, space.executor)
     hand = Hand(space, both, run)  # which is dead
@@ -2905,48 +2828,10 @@ async def test_jobs_that_are_lost_together_are_charged_until_they_have_crashed_t
     assert [space.redis.hget(run.keys[0], f"crashes {job}") for job in (a, b)] == ["1", "2"]
 
 
-async def test_what_the_dead_leave_of_no_run_is_dropped_and_who_leaves_nothing_is_not_spoken_of(
-    space: Space, caplog: Any
-) -> None:
-    empty, dead = "host-1-abcdef", "host-2-abcdef"
-    space.redis.zadd(space.key("workers"), dict.fromkeys((empty, dead), time.time()))
-    space.redis.lpush(space.key("processing", dead), "none/a/x")
-
-    worker = space.worker(lease=0.3)
-    await wait_until(lambda: worker.counts["reaped"] == 1)
-
-    assert not space.redis.exists(space.key("run", "none")) and not space.lists()
-    assert f"{dead} is dead" in caplog.text and empty not in caplog.text
-
-
-async def test_a_job_that_has_crashed_twice_waits_for_what_may_yet_come(space: Space) -> None:
-    run = await flow("a").run({}, space.executor)
-    [job] = space.lists()
-    space.redis.hset(run.keys[0], f"crashes {job}", 2)
-    worker = Worker(space.url, space.namespace)
-    space.redis.lmove(space.key("ready"), worker.processing)
-    worker.held[job], worker._taking = agentflow.Held(asyncio.current_task()), True
-
-    claim = asyncio.create_task(worker._claim(job))
-    await wait_until(lambda: worker._suspect == job)
-    early, _ = await asyncio.wait([claim], timeout=0.2)
-    worker._taking = False
-
-    assert not early and await claim
-    await worker.executor.link.close()
-    space.redis.lmove(worker.processing, space.key("ready"))
-    space.worker()
-    assert (await end_of(run)).status == COMPLETED
-
-
-async def test_a_job_that_waits_to_be_alone_is_not_charged_with_what_others_do(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_job_that_waits_to_be_alone_is_not_charged_with_what_others_do(space, gate):
     slow = gate.data | {"holds": 1}
     runs = [await flow(n, **{n: slow}).run({}, space.executor) for n in "ab"]
-    job = next(job for job in space.lists() if "/b/" in job)
-    crashes = f"crashes {job}"
-    space.redis.hset(runs[1].keys[0], crashes, 2)
+    crashes = runs[1].keys[0], f"crashes {space.charge(runs[1])}"
     worker = space.process()
     await gate.reached("a")
     await wait_until(lambda: not space.redis.llen(space.key("ready")))
@@ -2954,23 +2839,20 @@ async def test_a_job_that_waits_to_be_alone_is_not_charged_with_what_others_do(
     worker.die()
     other = space.worker()
     await wait_until(lambda: other.counts["reaped"] == 2)
-    charged = [space.redis.hget(runs[1].keys[0], crashes)]
+    charged = [space.redis.hget(*crashes)]
     await gate.reached("b")  # alone
     space.redis.lmove(other.processing, space.key("processing", "late"))
     space.redis.zadd(space.key("workers"), {"late": time.time()})
     await wait_until(lambda: other.counts["reaped"] == 3)
-    charged.append(space.redis.hget(runs[1].keys[0], crashes))
+    charged.append(space.redis.hget(*crashes))
 
     assert charged == ["2", "3"]
     assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
 
 
-async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(space, gate):
     runs = [await flow(n, **{n: gate.data}).run({}, space.executor) for n in "ab"]
-    job = next(job for job in space.lists() if "/b/" in job)
-    space.redis.hset(runs[1].keys[0], f"crashes {job}", 2)
+    job = space.charge(runs[1])
     worker = space.worker()
     await gate.reached("a")
     await wait_until(lambda: worker._suspect == job)
@@ -2982,14 +2864,12 @@ async def test_a_job_that_waits_to_be_alone_is_let_go_when_its_run_is_cancelled(
     assert (await end_of(runs[0])).status == COMPLETED and not gate.begun("b")
 
 
-async def test_a_job_that_has_waited_to_be_alone_is_read_anew_and_not_before(space: Space) -> None:
-    run = await flow("a", {"x": "old"}).run({}, space.executor)
-    [job] = space.lists()
-    space.redis.hset(run.keys[0], f"crashes {job}", 2)
-    worker = Worker(space.url, space.namespace)
-    space.redis.lmove(space.key("ready"), worker.processing)
+async def test_a_job_that_has_waited_to_be_alone_is_read_anew_and_not_before(space):
+    run, worker = await flow("a", {"x": "old"}).run({}, space.executor), space.still()
+    job = space.charge(run)
+    space.deliver(worker.id)
     worker.held = Watched({job: agentflow.Held(asyncio.current_task())})
-    worker._taking = True
+    worker._taking = True  # so that more may yet come
     found = exchanges(worker.executor.link)
     claim = asyncio.create_task(worker._claim(job))
     await wait_until(lambda: worker._suspect == job)
@@ -3000,37 +2880,12 @@ async def test_a_job_that_has_waited_to_be_alone_is_read_anew_and_not_before(spa
 
     view, _ = await claim
     assert view.context["x"] == '"new"' and len(found) == 2  # READ twice
-    await worker.executor.link.close()
-    space.redis.lmove(worker.processing, space.key("ready"))
-    space.worker()
-    assert (await end_of(run)).status == COMPLETED
 
 
-async def test_a_job_that_killed_five_workers_fails_at_once_and_before_its_flow_is_built(
-    space: Space, gate: Gate
-) -> None:
-    beside = await flow("b", b=gate.data).run({}, space.executor)
-    run = await one("numbered").run({}, space.executor)
-    [job] = [job for job in space.lists() if job.startswith(run.id)]
-    space.redis.hset(run.keys[0], f"crashes {job}", 5)
-    made = Numbered.made
-
-    space.worker()
-    end = await end_of(run)
-
-    assert "5 workers ended or erred with it" in end.error and Numbered.made == made
-    gate.open("b")
-    assert (await end_of(beside)).status == COMPLETED
-
-
-async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(
-    space: Space, gate: Gate
-) -> None:
-    run = await flow("a", a=gate.data).run({}, space.executor)
-    [job] = space.lists()
-    space.redis.hset(run.keys[0], f"crashes {job}", 2)
-    worker = Worker(space.url, space.namespace)
-    space.redis.lmove(space.key("ready"), worker.processing)
+async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alone(space, gate):
+    run, worker = await flow("a", a=gate.data).run({}, space.executor), space.still()
+    job = space.charge(run)
+    space.deliver(worker.id)
 
     worker._begin(job)
     await asyncio.sleep(0)  # it is being read
@@ -3038,42 +2893,12 @@ async def test_a_job_that_was_taken_away_while_it_was_read_leaves_the_others_alo
     await wait_until(lambda: not worker._tasks)
 
     assert worker._suspect == "" and not gate.begun("a")  # else it would run nothing else any more
-    gate.open("a")
-    await worker.executor.link.close()
-    space.redis.lmove(worker.processing, space.key("ready"))
-    space.worker()
-    assert (await end_of(run)).status == COMPLETED
 
 
-async def test_each_job_of_a_worker_may_have_a_thread(space: Space, gate: Gate) -> None:
-    threaded = {"type": "threaded", "together": 40, "config": {"retries": 0, "timeout": 20}}
-    wide = flow(
-        " ".join(f"n{i}" for i in range(40)), **{f"n{i}": threaded | gate.data for i in range(40)}
-    )
-    space.worker(concurrency=40)
-
-    run = await wide.run({}, space.executor)
-
-    assert (await end_of(run)).status == COMPLETED
+# Stopped.
 
 
-async def test_threads_of_calls_that_have_timed_out_leave_some_for_others(
-    space: Space, gate: Gate
-) -> None:
-    hangs = {"type": "threaded", "together": 100, "config": {"timeout": 0.05}} | gate.data
-    ends = {"type": "threaded", "together": 1, "config": {"timeout": 5}} | gate.data
-    chain = flow("a -error-> b; b -error-> c; c -error-> d", a=hangs, b=hangs, c=hangs, d=ends)
-    space.worker(concurrency=1)
-
-    end = await end_of(await chain.run({}, space.executor))
-    gate.open("a", "b", "c")
-
-    assert end.done == activations("a:error b:error c:error d")
-
-
-async def test_sigterm_lets_a_worker_finish_what_it_runs_and_take_no_more(
-    space: Space, gate: Gate
-) -> None:
+async def test_sigterm_lets_a_worker_finish_what_it_runs_and_take_no_more(space, gate):
     gated = flow("a -> b", a=gate.data)
     worker = space.process()
     run = await gated.run({}, space.executor)
@@ -3091,22 +2916,7 @@ async def test_sigterm_lets_a_worker_finish_what_it_runs_and_take_no_more(
     assert len(gate.begun("a")) == 2  # here and in memory
 
 
-async def test_a_full_worker_gives_all_back_in_a_few_exchanges(space: Space, gate: Gate) -> None:
-    wide = family("m", m=MAP, c_x=gate.data)
-    run = await wide.run({"items": [*range(40)]}, space.executor)
-    worker = space.worker(concurrency=40, beat=1, lease=60, grace=0)
-    await gate.reached("x", 40)
-    found = exchanges(worker.executor.link)
-
-    await space.stop(worker)
-
-    assert len(found) < 30 and len(space.lists()) == 40
-    await run.cancel()
-
-
-async def test_past_its_grace_a_stopping_worker_gives_its_jobs_back_uncharged(
-    space: Space, gate: Gate
-) -> None:
+async def test_past_its_grace_a_stopping_worker_gives_its_jobs_back_uncharged(space, gate):
     gated = flow("a -> b", a=gate.data)
     worker = space.process(grace=0.1, concurrency=1)  # it is full, and hears all the same
     run = await gated.run({}, space.executor)
@@ -3120,37 +2930,40 @@ async def test_past_its_grace_a_stopping_worker_gives_its_jobs_back_uncharged(
     await opened(gate, run, gated)
 
 
-async def test_a_worker_that_leaves_gives_back_also_what_it_never_heard_of(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_worker_that_leaves_gives_back_also_what_it_never_heard_of(space, gate):
     worker = space.worker(concurrency=1, beat=1, grace=0.1)  # so that no audit finds it before
     runs = [await flow(node, **{node: gate.data}).run({}, space.executor) for node in "ab"]
     await gate.reached("a")
-    space.redis.lmove(space.key("ready"), worker.processing)
+    space.deliver(worker.id)
 
     await space.stop(worker)
 
     assert space.redis.llen(space.key("ready")) == 2
     assert not any("crashes" in name for run in runs for name in space.redis.hkeys(run.keys[0]))
-    gate.open("a", "b")
-    space.worker()
-    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
 
 
-async def test_what_is_given_back_is_taken_next(space: Space) -> None:
-    runs = [await flow("a").run({}, space.executor)]
-    hand = Hand(space, flow("a"), runs[0], alive=60)
+async def test_a_full_worker_gives_all_back_in_a_few_exchanges(space, gate):
+    await family("m", m=MAP, c_x=gate.data).run({"items": [*range(40)]}, space.executor)
+    worker = space.worker(concurrency=40, beat=1, lease=60, grace=0)
+    await gate.reached("x", 40)
+    found = exchanges(worker.executor.link)
+
+    await space.stop(worker)
+
+    assert len(found) < 30 and len(space.lists()) == 40
+
+
+async def test_what_is_given_back_is_taken_next(space):
+    hand = Hand(space, flow("a"), await flow("a").run({}, space.executor), alive=60)
     job = hand.take("a")
-    runs.append(await flow("a").run({}, space.executor))
+    await flow("a").run({}, space.executor)
 
     await hand.view.change(RELEASE, job=job)
 
     assert space.redis.lindex(space.key("ready"), -1) == job
-    space.worker()
-    assert [(await end_of(run)).status for run in runs] == [COMPLETED] * 2
 
 
-async def test_a_worker_that_has_left_does_not_show_that_it_lives(space: Space) -> None:
+async def test_a_worker_that_has_left_does_not_show_that_it_lives(space):
     worker = space.worker(beat=0.5)
     await wait_until(lambda: space.redis.exists(space.key("worker", worker.id)))
 
@@ -3160,26 +2973,66 @@ async def test_a_worker_that_has_left_does_not_show_that_it_lives(space: Space) 
     assert not space.redis.exists(space.key("worker", worker.id))
 
 
-async def test_a_worker_whose_command_redis_refuses_still_shows_that_it_lives(
-    space: Space,
-) -> None:
-    worker, refused = space.worker(), []
-
-    async def refuse() -> None:
-        refused.append(1)
-        raise exceptions.NoPermissionError
-
-    worker._audit = refuse  # type: ignore[method-assign]
-    await wait_until(lambda: refused)
-    heartbeat = space.key("worker", worker.id)
-    space.redis.delete(heartbeat)
-
-    await wait_until(lambda: space.redis.exists(heartbeat))
+# At work.
 
 
-async def test_a_worker_that_lacks_a_node_type_fails_the_run_which_can_be_resumed(
-    space: Space,
-) -> None:
+async def test_a_worker_that_nobody_disturbs_is_refused_nothing(space):
+    worker = space.worker()
+    run = await flow("a -> b c -> d").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+    await space.stop(worker)
+
+    assert worker.counts == {"done": 4, "refused": 0, "audited": 0, "lost": 0, "reaped": 0}
+
+
+async def test_a_commit_ends_the_custody_of_its_jobs_at_once(space):
+    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
+    run = await flow("a -> b c -> d").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+
+    assert space.redis.lrange(worker.processing, 0, -1) == []
+
+
+async def test_a_worker_runs_no_more_at_once_than_it_may(space, gate):
+    wide = flow("s -> a b c d", **dict.fromkeys("sabcd", gate.data))
+    await wide.run({}, space.executor), await wide.run({}, space.executor)
+    space.worker(concurrency=5)
+    await gate.reached("s", 2)
+
+    gate.open("s")  # for both, so that both may want the three free slots
+    await wait_until(lambda: sum(len(gate.begun(node)) for node in "abcd") == 5)
+
+    await wait_until(lambda: space.redis.llen(space.key("ready")) == 3)  # what has come too much
+    assert sum(len(gate.begun(node)) for node in "abcd") == 5
+
+
+async def test_each_job_of_a_worker_may_have_a_thread(space, gate):
+    threaded = {"type": "threaded", "together": 40, "config": {"retries": 0, "timeout": 20}}
+    wide = flow(
+        " ".join(f"n{i}" for i in range(40)), **{f"n{i}": threaded | gate.data for i in range(40)}
+    )
+    space.worker(concurrency=40)
+
+    run = await wide.run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_threads_of_calls_that_have_timed_out_leave_some_for_others(space, gate):
+    hangs = {"type": "threaded", "together": 100, "config": {"timeout": 0.05}} | gate.data
+    ends = {"type": "threaded", "together": 1, "config": {"timeout": 5}} | gate.data
+    chain = flow("a -error-> b; b -error-> c; c -error-> d", a=hangs, b=hangs, c=hangs, d=ends)
+    space.worker(concurrency=1)
+
+    end = await end_of(await chain.run({}, space.executor))
+    gate.open("a", "b", "c")
+
+    assert end.done == activations("a:error b:error c:error d")
+
+
+async def test_a_worker_that_lacks_a_node_type_fails_the_run_which_can_be_resumed(space):
     Registry.add("rare", Pure)  # here, but not in the process
     rare = flow("a -> b", b={"type": "rare"})
     process = space.process()
@@ -3203,45 +3056,90 @@ UNBUILT["CancelledError()"] = asyncio.CancelledError()
 
 
 @pytest.mark.parametrize("text", UNBUILT)
-async def test_a_flow_that_cannot_be_built_fails_its_run_whatever_its_node_type_raises(
-    space: Space, text: str
-) -> None:
-    run = await one("fickle").run({}, space.executor)
+async def test_a_flow_that_cannot_be_built_fails_its_run_whatever_its_node_type_raises(space, text):
+    run = await one("built").run({}, space.executor)
 
-    Fickle.error = UNBUILT[text]
+    Built.error = UNBUILT[text]
     worker = space.worker()
     end = await end_of(run)
-    Fickle.error = None
+    Built.error = None
 
     assert end.status == FAILED and end.error.endswith(f"cannot build its flow: {text}")
     assert not worker.held
 
 
-async def test_a_worker_keeps_the_newest_100_graphs_that_it_has_seen(space: Space) -> None:
-    worker, text = Worker(space.url, space.namespace), flow("a").bundle[1]
+async def test_a_run_whose_graph_is_gone_fails_and_may_be_resumed(space):
+    run = await flow("a -> b").run({}, space.executor)
+    name = space.key("graph", run.origin.graph)
+    text = space.redis.getdel(name)
+    space.worker()
+    failed = await end_of(run)
+
+    space.redis.set(name, text, ex=86400)
+    await run.resume()
+
+    assert failed.error.endswith(f"its graph {run.origin.graph} is not in Redis")
+    assert (await end_of(run)).status == COMPLETED
+
+
+async def test_a_worker_keeps_the_newest_100_graphs_that_it_has_seen(space):
+    worker, text = space.still(), flow("a").bundle[1]
 
     for i in range(101):
         space.redis.set(space.key("graph", f"{i}"), text, ex=1000)
         await worker._flow(agentflow.Origin("flow", f"{i}", "root"))
 
     assert [*worker._registries] == [f"{i}" for i in range(1, 101)]
-    await worker.executor.link.close()
 
 
-async def test_a_worker_that_nobody_disturbs_is_refused_nothing(space: Space) -> None:
-    worker = space.worker()
-    run = await flow("a -> b c -> d").run({}, space.executor)
+async def test_a_job_whose_commit_redis_refuses_fails_its_run_at_last(space):
+    spending = flow("a -> b c d", a={"type": "spender", "tokens": 1})
+    run = await spending.run({}, space.executor)
+    usage = space.key("run", run.id), "usage total"
+    space.redis.hset(*usage, "not a number")
+    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
 
-    assert (await end_of(run)).status == COMPLETED
-    await space.stop(worker)
+    await wait_until(lambda: space.redis.hget(usage[0], "status") == FAILED)
 
-    assert worker.counts == {"done": 4, "refused": 0, "audited": 0, "lost": 0, "reaped": 0}
+    assert space.redis.hdel(*usage) and worker.held == {}
+    end = await run.status()
+    assert end.error == 'node "a": 5 workers ended or erred with it; see their logs'
+
+
+async def test_a_job_that_no_worker_can_read_comes_once_a_second(space):
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    key, origin = run.keys[0], space.redis.hget(run.keys[0], "origin")
+    space.redis.hset(key, "origin", '{"shape": "of another version"}')
+    worker, begun = space.worker(), time.monotonic()
+
+    await wait_until(lambda: any(value == "2" for value in space.redis.hgetall(key).values()))
+    took = time.monotonic() - begun
+    space.redis.hset(key, "origin", origin)
+
+    assert took > 1.9 and worker.counts["audited"] == 0
+    await committed_once(space, run, both)
+
+
+async def test_a_worker_whose_command_redis_refuses_still_shows_that_it_lives(space):
+    worker, refused = space.worker(), []
+
+    async def refuse() -> None:
+        refused.append(1)
+        raise exceptions.NoPermissionError
+
+    worker._audit = refuse
+    await wait_until(lambda: refused)
+    heartbeat = space.key("worker", worker.id)
+    space.redis.delete(heartbeat)
+
+    await wait_until(lambda: space.redis.exists(heartbeat))
 
 
 # Slow: taken for dead, while it is not.
 
 
-async def test_a_zombie_commits_late_and_changes_nothing(space: Space, gate: Gate) -> None:
+async def test_a_zombie_commits_late_and_changes_nothing(space, gate):
     rounds = {"actions": ["more", "done"]}
     gated = flow("a -> b; b -more-> a; b -done-> c", a=gate.data | {"holds": 1}, b=rounds)
     zombie = space.process()
@@ -3259,25 +3157,7 @@ async def test_a_zombie_commits_late_and_changes_nothing(space: Space, gate: Gat
     assert (await other.stop())["reaped"] == 1
 
 
-async def test_a_worker_that_is_only_slow_is_taken_for_dead_and_loses_the_race(
-    space: Space, gate: Gate
-) -> None:
-    gated = flow("a -> b", a=gate.data | {"holds": 1})
-    slow = space.worker(lease=0.3, beat=1.5)  # whose heartbeat is gone most of the time
-    run = await gated.run({}, space.executor)
-    await gate.reached("a")
-
-    other = space.worker(lease=0.3)
-    await as_in_memory(run, gated)
-    gate.open("a")
-
-    await wait_until(lambda: slow.counts["refused"] == 1)
-    assert other.counts["reaped"] >= 1
-
-
-async def test_a_job_that_was_committed_late_cannot_be_failed_by_its_new_worker(
-    space: Space,
-) -> None:
+async def test_a_job_that_was_committed_late_cannot_be_failed_by_its_new_worker(space):
     both = flow("a -> b")
     run = await both.run({}, space.executor)
     zombie, other = Hand(space, both, run), Hand(space, both, run)
@@ -3293,7 +3173,7 @@ async def test_a_job_that_was_committed_late_cannot_be_failed_by_its_new_worker(
     await committed_once(space, run, both)
 
 
-async def test_a_worker_whose_job_was_taken_away_stops_its_node(space: Space, gate: Gate) -> None:
+async def test_a_worker_whose_job_was_taken_away_stops_its_node(space, gate):
     gated = flow("a", a=gate.data)
     woken = space.worker(concurrency=1)
     run = await gated.run({}, space.executor)
@@ -3310,9 +3190,7 @@ async def test_a_worker_whose_job_was_taken_away_stops_its_node(space: Space, ga
     assert (woken.counts["done"], taker.counts["done"]) == (0, 1)
 
 
-async def test_a_late_failure_of_a_job_that_another_worker_has_changes_nothing(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_late_failure_of_a_job_that_another_worker_has_changes_nothing(space, gate):
     gated = flow("a -> b", a=gate.data | gate.broken)
     slow = space.worker(lease=0.3, beat=3)
     run = await gated.run({}, space.executor)
@@ -3329,9 +3207,7 @@ async def test_a_late_failure_of_a_job_that_another_worker_has_changes_nothing(
     await as_in_memory(run, gated)
 
 
-async def test_a_late_success_does_not_complete_a_run_that_has_failed_of_that_job(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_late_success_does_not_complete_a_run_that_has_failed_of_that_job(space, gate):
     gated = flow("a", a=gate.data)
     slow = space.worker(beat=1.5)
     run = await gated.run({}, space.executor)
@@ -3348,9 +3224,7 @@ async def test_a_late_success_does_not_complete_a_run_that_has_failed_of_that_jo
     await as_in_memory(run, gated)
 
 
-async def test_a_late_failure_does_not_end_a_newer_delivery_to_the_same_worker(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_late_failure_does_not_end_a_newer_delivery_to_the_same_worker(space, gate):
     deaf = flow("a -> b", a=gate.data | {"type": "deaf"})
     worker = space.worker()
     run = await deaf.run({}, space.executor)
@@ -3368,9 +3242,7 @@ async def test_a_late_failure_does_not_end_a_newer_delivery_to_the_same_worker(
     assert (await end_of(run)).status == COMPLETED and not space.lists()
 
 
-async def test_a_node_that_blocks_its_worker_is_warned_of_and_runs_to_its_end(
-    space: Space, tmp_path: Path
-) -> None:
+async def test_a_node_that_blocks_its_worker_is_warned_of_and_runs_to_its_end(space, tmp_path):
     stalling = flow("a -> b -> c", b={"type": "stall", "mark": str(tmp_path / "mark")})
     worker = space.process()
     run = await stalling.run({}, space.executor)
@@ -3384,36 +3256,33 @@ async def test_a_node_that_blocks_its_worker_is_warned_of_and_runs_to_its_end(
     assert counts["refused"] == 1
 
 
-# Lost: replies, deliveries, Redis itself.
+# Lost: deliveries and replies.
 
 
-async def test_a_job_whose_delivery_was_lost_is_found_by_its_workers_audit(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_job_whose_delivery_was_lost_is_found_by_its_workers_audit(space, gate):
     gated = flow("a", a=gate.data)
     worker = space.worker(concurrency=1)
     runs = [await gated.run({}, space.executor)]
     await gate.reached("a")
 
     runs.append(await gated.run({}, space.executor))
-    space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
+    space.deliver(worker.id)
     await wait_until(lambda: worker.counts["audited"] == 1)
 
     for run in runs:
         await opened(gate, run, gated)
 
 
-async def test_a_take_that_is_sent_again_as_its_reply_was_lost_takes_no_more(space: Space) -> None:
+async def test_a_take_that_is_sent_again_as_its_reply_was_lost_takes_no_more(space):
     ends = (space.key("ready"), space.key("processing", "host-1-abcdef"))
     space.redis.rpush(ends[0], "e", "d", "c", "b", "a")
     send, take = space.executor.send, agentflow.TAKE.on([*ends], size=3)
 
     assert await asyncio.gather(send(*take), send(*take)) == [["a", "b", "c"], []]
     assert space.redis.lrange(ends[0], 0, -1) == ["e", "d"]
-    space.redis.delete(*ends)
 
 
-async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(space: Space) -> None:
+async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(space):
     dead, forgotten = "host-1-abcdef", "host-2-abcdef"
     day_ago = time.time() - 24 * 3600
     seen = {dead: day_ago + 100, forgotten: day_ago - 100}
@@ -3424,16 +3293,27 @@ async def test_a_job_that_comes_into_a_dead_workers_list_is_found_for_a_day(spac
 
     await space.stop(worker)
     run = await flow("a -> b").run({}, space.executor)
-    space.redis.lmove(space.key("ready"), space.key("processing", dead), "RIGHT", "LEFT")
+    space.deliver(dead)
     reaper = space.worker(lease=0.3)
 
     assert (await end_of(run)).status == COMPLETED and reaper.counts["reaped"] == 1
 
 
-async def test_a_job_that_was_taken_away_before_its_worker_heard_of_it_does_not_begin(
-    space: Space, gate: Gate
-) -> None:
-    gated = flow("a", a=gate.data | {"config": {"retries": 0}})
+async def test_what_comes_into_the_list_of_a_worker_that_has_left_is_found(space):
+    gone = space.worker()
+    await wait_until(lambda: space.redis.exists(space.key("worker", gone.id)))
+    await space.stop(gone)
+    both = flow("a -> b")
+    run = await both.run({}, space.executor)
+    space.deliver(gone.id)  # its BLMOVE, late
+
+    space.worker()
+
+    await committed_once(space, run, both)
+
+
+async def test_a_job_that_was_taken_away_before_its_worker_heard_of_it_does_not_begin(space, gate):
+    gated = flow("a", a=gate.data | ONCE)
 
     async with Swallower(space.server, asyncio.Event()) as way:
         slow = space.worker(space.url.replace(str(space.server.port), str(way.port)), beat=0.2)
@@ -3452,7 +3332,7 @@ async def test_a_job_that_was_taken_away_before_its_worker_heard_of_it_does_not_
     assert len(gate.begun("a")) == 1 and other.counts["done"] == 1
 
 
-async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> None:
+async def test_the_fetching_client_never_sends_a_command_again(space):
     ready, processing = space.key("ready"), space.key("processing", "x")
     space.redis.lpush(ready, "none/a/1", "none/a/2")
 
@@ -3465,118 +3345,186 @@ async def test_the_fetching_client_never_sends_a_command_again(space: Space) -> 
 
     assert swallower.asked == 1
     assert space.redis.lrange(processing, 0, -1) == ["none/a/1"]
-    space.redis.delete(processing, ready)
 
 
-async def test_redis_may_be_killed_and_come_back(tmp_path: Path, gate: Gate) -> None:
-    server = Server(tmp_path, "--appendonly", "yes", "--appendfsync", "always")
-    server.start()
-    space = Space(server, tmp_path)
+# Away, full or demoted: Redis.
+
+
+async def test_redis_may_be_killed_and_come_back(own, gate):
     rounds = {"actions": ["more"] * 20 + ["done"]}
     loop = "s -> a -> b e -> c; c -more-> a; c -done-> d"
     gated = flow(loop, c=rounds, b=gate.data | {"holds": 3})
-    workers = [space.process(), space.process()]
-    runs = [await gated.run({}, space.executor) for _ in range(3)]
+    workers = [own.process(), own.process()]
+    runs = [await gated.run({}, own.executor) for _ in range(3)]
     await gate.reached("b", 3)
-    await wait_until(lambda: space.redis.zcard(space.key("workers")) == 2)  # both are at work
+    await wait_until(lambda: own.redis.zcard(own.key("workers")) == 2)  # both are at work
 
-    server.kill()
+    own.server.kill()
     gate.open("b")
-    server.start()
+    own.server.start()
 
     for run in runs:
         await as_in_memory(run, gated)
     assert [worker.process.poll() for worker in workers] == [None, None]
-    await space.close()
-    server.kill()
 
 
-async def test_nobody_is_reaped_right_after_an_outage(space: Space) -> None:
+async def test_nobody_is_reaped_right_after_an_outage(space):
     chain = flow("a -> b")
-    run = await chain.run({}, space.executor)
-    other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
-    job = other.take("a")
-    worker = Worker(space.url, space.namespace, lease=60)
-    await worker._beat()
-
-    worker.executor.link.settled_at = time.monotonic()
-    await worker._reap()
-    early = space.redis.lrange(other.processing, 0, -1), worker.counts["reaped"]
-    worker.executor.link.settled_at -= 61
-    await worker._reap()
-
-    assert early == ([job], 0)
-    assert worker.counts["reaped"] == 1 and space.lists() == [job]
-    await worker.executor.link.close()
-    space.worker()
-    await committed_once(space, run, chain)
-
-
-async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(
-    tmp_path: Path, caplog: Any
-) -> None:
-    server = Server(tmp_path / "redis")
-    server.start()
-    space = Space(server, tmp_path)
-    worker = space.worker(beat=3)  # so that it is a take that is refused first
-    await wait_until(lambda: space.redis.zcard(space.key("workers")))
-
-    server.client.config_set("min-replicas-to-write", 1)
-    await wait_until(lambda: "redis does not answer" in caplog.text)
-    server.client.config_set("min-replicas-to-write", 0)
-
-    run = await flow("a").run({}, space.executor)
-    assert (await end_of(run)).status == COMPLETED and not space.inside[worker].done()
-    await space.close()
-    server.kill()
-
-
-async def test_an_outage_in_the_middle_of_a_reap_reaps_nobody(space: Space) -> None:
-    chain = flow("a -> b")
-    run = await chain.run({}, space.executor)
-    other = Hand(space, chain, run)  # whose heartbeat has expired during the outage
-    job = other.take("a")
-    worker = Worker(space.url, space.namespace, lease=1)
+    hand = Hand(space, chain, await chain.run({}, space.executor))
+    job = hand.take("a")  # and its heartbeat expires during the outage
+    worker = space.still(lease=1)
     link, real, cut = worker.executor.link, worker.executor.link._exchange, list[int]()
     link.settled_at -= 2
 
     async def exchange(commands: list[Any], patience: float) -> list[Any]:
         if not cut and "EXISTS" in [command[0] for command in commands]:
-            cut.append(1)
+            cut.append(1)  # an outage in the middle of a reap
             raise exceptions.ConnectionError
         return await real(commands, patience)
 
-    link._exchange = exchange  # type: ignore[method-assign]
+    link._exchange = exchange
+    await worker._reap()
+    early = space.redis.lrange(hand.processing, 0, -1), worker.counts["reaped"]
+    link.settled_at = time.monotonic() - 1.1
     await worker._reap()
 
-    assert cut and worker.counts["reaped"] == 0
-    assert space.redis.lrange(other.processing, 0, -1) == [job]
-    await link.close()
-    space.worker()
-    await committed_once(space, run, chain)
+    assert cut and early == ([job], 0)
+    assert space.lists() == [job] and worker.counts["reaped"] == 1
 
 
-async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_once(
-    tmp_path: Path, caplog: Any
-) -> None:
-    server = Server(tmp_path, "--maxmemory", "1")  # it is full
-    server.start()
-    link = agentflow.Link(server.url)
+async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(own, caplog):
+    worker = own.worker(beat=3)  # so that it is a take that is refused first
+    await wait_until(lambda: own.redis.zcard(own.key("workers")))
 
-    refused, begun = link.send("SET", "a", "1"), time.monotonic()
-    replies = [await link.send("GET", "a") for _ in range(10)]
+    own.redis.config_set("min-replicas-to-write", 1)
+    await wait_until(lambda: "redis does not answer" in caplog.text)
+    own.redis.config_set("min-replicas-to-write", 0)
+
+    run = await flow("a").run({}, own.executor)
+    assert (await end_of(run)).status == COMPLETED and not own.inside[worker].done()
+
+
+async def test_a_take_that_is_under_way_when_its_worker_ends_moves_nothing(own, gate):
+    worker, gated = own.worker(concurrency=1), flow("a", a=gate.data)
+    link = worker.executor.link
+    await gated.run({}, own.executor), await gated.run({}, own.executor)
+    await gate.reached("a")
+    own.redis.config_set("maxmemory", 1)
+    gate.open("a")
+    await wait_until(lambda: [each for each in link._queue if agentflow.TAKE.digest in each[0]])
+
+    await own.stop(worker)
+    own.redis.config_set("maxmemory", 0)
+    await wait_until(lambda: link._flushing.done())
+
+    assert own.redis.llen(own.key("ready")) == 1
+
+
+async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(own):
+    both, worker = flow("a -> b"), own.still(lease=60)
+    run, other = await both.run({}, own.executor), await both.run({}, own.executor)
+    hand = Hand(own, both, run)
+    decision = await hand.decide(hand.take("a")) | {"usage": {"total": 3}}
+    await worker._beat()
+    heartbeat = own.key("worker", worker.id)
+    own.redis.expire(heartbeat, 30)
+
+    own.redis.config_set("maxmemory", 1)
+    committed = await asyncio.wait_for(hand.commit(decision), 5)
+    await asyncio.wait_for(other.cancel(), 5)
+    await asyncio.wait_for(worker._beat(), 5)
+    own.redis.config_set("maxmemory", 0)
+
+    assert own.redis.ttl(heartbeat) > 30
+    assert committed and (await run.status()).usage == {"total": 3}
+    assert await is_status(other, CANCELLED) and 0 < own.redis.ttl(other.keys[0]) <= 7 * 86400
+
+
+async def test_a_worker_that_was_full_when_its_master_was_demoted_goes_on(tmp_path, gate):
+    old, new = (Server(tmp_path / each, "--cluster-enabled", "no") for each in ("old", "new"))
+    old.start(), new.start()
+    new.client.execute_command("REPLICAOF", "127.0.0.1", old.port)
+    name = faults.Proxy(old.port, Counter())  # which leads to the master, as a DNS name does
+    listening = await asyncio.start_server(name.serve, "127.0.0.1", 0)
+    space, port = Space(new, tmp_path), listening.sockets[0].getsockname()[1]
+    url = space.url.replace(str(new.port), str(port))
+    worker = space.worker(url, concurrency=1)
+    executor, gated = space.client(url), flow("a", a=gate.data)
+    first = await gated.run({}, executor)
+    await gate.reached("a")
+    await wait_until(lambda: new.client.info("replication")["master_link_status"] == "up")
+    await wait_until(lambda: space.redis.llen(worker.processing) == 1)
+
+    name.port = new.port
+    new.client.execute_command("REPLICAOF", "NO", "ONE")
+    old.client.execute_command("REPLICAOF", "127.0.0.1", new.port)
+    gate.open("a")
+
+    ends = await end_of(first), await end_of(await gated.run({}, executor))
+    assert [end.status for end in ends] == [COMPLETED] * 2
+    await space.close()
+    listening.close()
+    old.kill(), new.kill()
+
+
+async def test_a_connection_that_cannot_be_closed_does_not_end_its_worker(space):
+    worker, closed = space.worker(), []
+    client, close = worker.executor.link.client, worker.executor.link.client.aclose
+
+    async def hang() -> None:
+        await close()
+        closed.append(1)
+        raise exceptions.TimeoutError
+
+    def fetching() -> list[str]:
+        return [each["id"] for each in space.redis.client_list() if each["cmd"] == "blmove"]
+
+    client.aclose = hang
+    for id in await wait_until(fetching):
+        space.redis.client_kill_filter(_id=id)
+    run = await flow("a -> b").run({}, space.executor)
+
+    assert (await end_of(run)).status == COMPLETED
+    await space.stop(worker)
+    assert len(closed) == 2
+
+
+async def test_after_a_roll_back_no_version_is_handed_out_twice(space):
+    binary = redis.Redis.from_url(space.url)  # what DUMP gives is no text
+    run = await flow("a -> b -> c").run({}, space.executor)
+    before = {name: binary.dump(name) for name in space.names()}
+    versions = []
+
+    for _ in range(2):
+        for name, dump in before.items():
+            binary.restore(name, 30_000_000, dump, replace=True)
+        worker = space.worker()
+        assert (await end_of(run)).status == COMPLETED
+        versions.append(space.redis.hget(space.key("run", run.id), "version"))
+        await space.stop(worker)
+
+    assert versions[0] != versions[1]
+
+
+# The link to it, which sends again what may yet be answered.
+
+
+async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_once(own, caplog):
+    send = own.executor.send
+    own.redis.config_set("maxmemory", 1)  # it is full
+
+    refused, begun = send("SET", "a", "1"), time.monotonic()
+    replies = [await send("GET", "a") for _ in range(10)]
     took = time.monotonic() - begun
-    server.client.config_set("maxmemory", 0)
+    own.redis.config_set("maxmemory", 0)
 
     assert replies == [None] * 10 and took < 4
     assert await asyncio.wait_for(refused, 5) == "OK"
     await wait_until(lambda: "redis answers again" in caplog.text)
     assert caplog.text.count("redis does not answer") == 1
-    await link.close()
-    server.kill()
 
 
-async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog: Any) -> None:
+async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog):
     link = agentflow.Link(NOWHERE)
     lost = link.send("EXISTS", "a")
     await wait_until(lambda: "redis does not answer" in caplog.text)
@@ -3588,115 +3536,56 @@ async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog: Any) -> Non
     await link.close()
 
 
-async def test_a_take_that_is_under_way_when_its_worker_ends_moves_nothing(
-    tmp_path: Path, gate: Gate
-) -> None:
-    server = Server(tmp_path / "redis")
-    server.start()
-    space = Space(server, tmp_path)
-    worker, gated = space.worker(concurrency=1), flow("a", a=gate.data)
-    link = worker.executor.link
-    await gated.run({}, space.executor), await gated.run({}, space.executor)
-    await gate.reached("a")
-    server.client.config_set("maxmemory", 1)
-    gate.open("a")
-    await wait_until(lambda: [each for each in link._queue if agentflow.TAKE.digest in each[0]])
+async def test_what_nobody_waits_for_any_more_is_not_sent_again(own):
+    send = own.executor.send
+    own.redis.config_set("maxmemory", 1)
 
-    await space.stop(worker)
-    server.client.config_set("maxmemory", 0)
-    await wait_until(lambda: link._flushing.done())
-
-    assert space.redis.llen(space.key("ready")) == 1
-    await space.close()
-    server.kill()
-
-
-async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(
-    tmp_path: Path,
-) -> None:
-    server, both = Server(tmp_path), flow("a -> b")
-    server.start()
-    space = Space(server, tmp_path)
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run)
-    decision = await hand.decide(hand.take("a")) | {"usage": {"total": 3}}
-    other, worker = await both.run({}, space.executor), Worker(space.url, space.namespace, lease=60)
-    await worker._beat()
-    heartbeat = space.key("worker", worker.id)
-    space.redis.expire(heartbeat, 30)
-
-    server.client.config_set("maxmemory", 1)
-    committed = await asyncio.wait_for(hand.commit(decision), 5)
-    await asyncio.wait_for(other.cancel(), 5)
-    await asyncio.wait_for(worker._beat(), 5)
-
-    assert space.redis.ttl(heartbeat) > 30
-    await worker.executor.link.close()
-    assert committed and (await run.status()).usage == {"total": 3}
-    assert await is_status(other, CANCELLED) and 0 < space.redis.ttl(other.keys[0]) <= 7 * 86400
-    await space.close()
-    server.kill()
-
-
-async def test_what_nobody_waits_for_any_more_is_not_sent_again(tmp_path: Path) -> None:
-    server = Server(tmp_path, "--maxmemory", "1")
-    server.start()
-    link = agentflow.Link(server.url)
-
-    refused = link.send("SET", "a", "1")
-    await link.send("GET", "a")  # in the same batch
+    refused = send("SET", "a", "1")
+    await send("GET", "a")  # in the same batch
     refused.cancel()
-    server.client.config_set("maxmemory", 0)
+    own.redis.config_set("maxmemory", 0)
 
-    assert [await link.send("GET", "a") for _ in range(3)] == [None] * 3
-    await link.close()
-    server.kill()
+    assert [await send("GET", "a") for _ in range(3)] == [None] * 3
 
 
-async def test_who_waits_no_more_leaves_the_others_of_a_batch_alone(space: Space) -> None:
-    link, key = agentflow.Link(space.url), space.key("none")
+async def test_who_waits_no_more_leaves_the_others_of_a_batch_alone(space):
+    link, key = space.executor.link, space.key("none")
     slow, other = link.send("BLPOP", key, 0.5), link.send("EXISTS", key)
     assert not (await asyncio.wait([slow], timeout=0.1))[0]  # they have been sent
 
     slow.cancel()
 
     assert await asyncio.wait_for(other, 5) == 0
-    await link.close()
 
 
-async def test_a_reply_that_takes_long_is_waited_for_longer(space: Space) -> None:
-    link = agentflow.Link(space.url)
+async def test_a_reply_that_takes_long_is_waited_for_longer(space):
+    link = space.executor.link
 
     slow = link.send("BLPOP", space.key("none"), 3.2)  # as slow as a large context may be
 
     assert await asyncio.wait_for(slow, 30) is None
-    await link.close()
 
 
-async def test_a_large_batch_is_given_the_time_to_travel(space: Space) -> None:
-    link = agentflow.Link(space.url)
+async def test_a_large_batch_is_given_the_time_to_travel(space):
+    link = space.executor.link
     batch = [("BLPOP", space.key("none"), 0.5), ("ECHO", "x" * 3_000_000)]
 
     none, text = await link._exchange(batch, 0.2)
 
     assert none is None and len(text) == 3_000_000
-    await link.close()
 
 
-async def test_replies_that_come_one_by_one_may_take_long_together(
-    space: Space, caplog: Any
-) -> None:
-    link = agentflow.Link(space.url)
+async def test_replies_that_come_one_by_one_may_take_long_together(space, caplog):
+    link = space.executor.link
 
     slow = [link.send("BLPOP", space.key("none"), 0.9) for _ in range(4)]
 
     assert await asyncio.wait_for(asyncio.gather(*slow), 30) == [None] * 4
     assert "does not answer" not in caplog.text
-    await link.close()
 
 
-async def test_a_link_that_was_cancelled_takes_new_commands(space: Space) -> None:
-    link = agentflow.Link(space.url)
+async def test_a_link_that_was_cancelled_takes_new_commands(space):
+    link = space.executor.link
     hung = link.send("BLPOP", space.key("none"), 9)
     assert not (await asyncio.wait([hung], timeout=0.1))[0]
     [flushing] = [task for task in asyncio.all_tasks() if "_flush" in repr(task.get_coro())]
@@ -3705,10 +3594,9 @@ async def test_a_link_that_was_cancelled_takes_new_commands(space: Space) -> Non
     await asyncio.wait([flushing])
 
     assert await asyncio.wait_for(link.send("EXISTS", space.key("none")), 9) == 0
-    await link.close()
 
 
-async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path: Path) -> None:
+async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path):
     server = Server(tmp_path)
     server.start()
     link = agentflow.Link(server.url)
@@ -3723,35 +3611,13 @@ async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path: Path) ->
     server.kill()
 
 
-async def test_a_connection_that_cannot_be_closed_does_not_end_its_worker(space: Space) -> None:
-    worker, closed = space.worker(), []
-    client, close = worker.executor.link.client, worker.executor.link.client.aclose
-
-    async def hang() -> None:
-        await close()
-        closed.append(1)
-        raise exceptions.TimeoutError
-
-    def fetching() -> list[str]:
-        return [each["id"] for each in space.redis.client_list() if each["cmd"] == "blmove"]
-
-    client.aclose = hang  # type: ignore[method-assign]
-    for id in await wait_until(fetching):
-        space.redis.client_kill_filter(_id=id)
-    run = await flow("a -> b").run({}, space.executor)
-
-    assert (await end_of(run)).status == COMPLETED
-    await space.stop(worker)
-    assert len(closed) == 2
+STALE = ["MOVED 7429 127.0.0.1:1", "READONLY You can't write.", "NOSCRIPT No matching script."]
+STALE += ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
 
 
-DEMOTED = ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
-DEMOTED += ["MOVED 7429 127.0.0.1:1"]
-
-
-@pytest.mark.parametrize("text", DEMOTED)
-async def test_a_demoted_master_is_left_whatever_it_says(space: Space, text: str) -> None:
-    link, key = agentflow.Link(space.url), space.key("none")
+@pytest.mark.parametrize("text", STALE)
+async def test_a_server_that_is_demoted_or_lacks_our_scripts_is_asked_anew(space, text):
+    link, key = space.executor.link, space.key("none")
     await link.send("EXISTS", key)
     connection, left = link._connection, []
     read, disconnect = connection.read_response, connection.disconnect
@@ -3770,13 +3636,10 @@ async def test_a_demoted_master_is_left_whatever_it_says(space: Space, text: str
     connection.read_response, connection.disconnect = read_response, leave
 
     assert await link.send("EXISTS", key) == 0 and left
-    await link.close()
 
 
-async def test_after_an_outage_others_are_given_the_time_for_which_they_may_still_wait(
-    space: Space,
-) -> None:
-    link, real = agentflow.Link(space.url), agentflow.Link._exchange
+async def test_after_an_outage_others_are_given_the_time_for_which_they_may_still_wait(space):
+    link, real = space.executor.link, agentflow.Link._exchange
     asked: list[float] = []
 
     async def exchange(commands: list[Any], patience: float) -> list[Any]:
@@ -3785,61 +3648,13 @@ async def test_after_an_outage_others_are_given_the_time_for_which_they_may_stil
             raise exceptions.ConnectionError
         return await real(link, commands, patience)
 
-    link._exchange = exchange  # type: ignore[method-assign]
+    link._exchange = exchange
     assert await link.send("EXISTS", space.key("none")) == 0
 
     assert asked[-1] == max(asked) < link.settled_at - time.monotonic() + 6  # the usual lease
-    await link.close()
 
 
-async def test_a_worker_that_was_full_when_its_master_was_demoted_goes_on(
-    tmp_path: Path, gate: Gate
-) -> None:
-    old, new = (Server(tmp_path / each, "--cluster-enabled", "no") for each in ("old", "new"))
-    old.start(), new.start()
-    new.client.execute_command("REPLICAOF", "127.0.0.1", old.port)
-    name = faults.Proxy(old.port, Counter())
-    listening = await asyncio.start_server(name.serve, "127.0.0.1", 0)
-    space, port = Space(new, tmp_path), listening.sockets[0].getsockname()[1]
-    url = space.url.replace(str(new.port), str(port))
-    worker = space.worker(url, concurrency=1)
-    executor, gated = RedisExecutor(url, space.namespace), flow("a", a=gate.data)
-    first = await gated.run({}, executor)
-    await gate.reached("a")
-    await wait_until(lambda: new.client.info("replication")["master_link_status"] == "up")
-    await wait_until(lambda: space.redis.llen(worker.processing) == 1)
-
-    name.port = new.port
-    new.client.execute_command("REPLICAOF", "NO", "ONE")
-    old.client.execute_command("REPLICAOF", "127.0.0.1", new.port)
-    gate.open("a")
-
-    assert await first.result() == await (await gated.run({}, executor)).result()
-    await executor.link.close()
-    await space.close()
-    listening.close()
-    old.kill(), new.kill()
-
-
-async def test_what_a_demoted_master_refuses_is_asked_of_the_new_one(tmp_path: Path) -> None:
-    old, new = (Server(tmp_path / each, "--cluster-enabled", "no") for each in ("old", "new"))
-    old.start(), new.start()
-    name = faults.Proxy(old.port, Counter())  # which leads to the master, as a DNS name does
-    listening = await asyncio.start_server(name.serve, "127.0.0.1", 0)
-    link = agentflow.Link(f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
-    assert await link.send("SET", "a", "1") == "OK"
-
-    name.port = new.port
-    old.client.execute_command("REPLICAOF", "127.0.0.1", new.port)
-
-    assert await asyncio.wait_for(link.send("SET", "b", "2"), 10) == "OK"
-    assert new.client.get("b") == "2"
-    await link.close()
-    listening.close()
-    old.kill(), new.kill()
-
-
-async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
+async def test_a_permission_that_lacks_is_said_at_once(space):
     space.redis.execute_command("ACL SETUSER few on >secret ~* +@all -script")
     link = agentflow.Link(space.url.replace("//", "//few:secret@"))
 
@@ -3850,73 +3665,10 @@ async def test_a_permission_that_lacks_is_said_at_once(space: Space) -> None:
     space.redis.acl_deluser("few")
 
 
-async def test_however_many_workers_are_dead_a_living_one_beats_in_time(space: Space) -> None:
-    for number in range(30):
-        await flow("a").run({}, space.executor)
-        dead = space.key("processing", f"host-{number}-abcdef")
-        space.redis.lmove(space.key("ready"), dead, "RIGHT", "LEFT")
-        space.redis.zadd(space.key("workers"), {f"host-{number}-abcdef": time.time()})
-    worker = Worker(space.url, space.namespace, beat=0.2)
-    worker.executor.link.settled_at -= 10
-    found = exchanges(worker.executor.link)
-
-    tick = asyncio.create_task(worker._tick())
-    await wait_until(lambda: worker.counts["reaped"] == 30)
-
-    assert len(found) <= 5
-    worker._leaving = True
-    await tick
-    await worker.executor.link.close()
-    space.worker()
-
-
-async def test_a_worker_does_not_reap_itself(space: Space) -> None:
-    both = flow("a -> b")
-    run = await both.run({}, space.executor)
-    worker = Worker(space.url, space.namespace)
-    await worker._beat()
-    space.redis.lmove(space.key("ready"), worker.processing, "RIGHT", "LEFT")
-
-    space.expire()
-    worker.executor.link.settled_at -= 61
-    await worker._reap()
-
-    assert len(space.redis.lrange(worker.processing, 0, -1)) == 1 and not worker.counts["reaped"]
-    await worker.executor.link.close()
-    space.worker(lease=0.3)
-    await committed_once(space, run, both)
-
-
-async def test_after_a_roll_back_no_version_is_handed_out_twice(space: Space) -> None:
-    binary = redis.Redis.from_url(space.url)  # what DUMP gives is no text
-    run = await flow("a -> b -> c").run({}, space.executor)
-    before = {name: binary.dump(name) for name in space.names()}
-    versions = []
-
-    for _ in range(2):
-        for name, dump in before.items():
-            binary.restore(name, 30_000_000, dump, replace=True)
-        worker = space.worker()
-        assert (await end_of(run)).status == COMPLETED
-        versions.append(space.redis.hget(space.key("run", run.id), "version"))
-        await space.stop(worker)
-
-    assert versions[0] != versions[1]
-
-
 # What is left.
 
 
-async def test_a_commit_ends_the_custody_of_its_jobs_at_once(space: Space) -> None:
-    worker = space.worker(beat=60, lease=120)  # so that no audit tidies up
-    run = await flow("a -> b c -> d").run({}, space.executor)
-
-    assert (await end_of(run)).status == COMPLETED
-
-    assert space.redis.lrange(worker.processing, 0, -1) == []
-
-
-async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> None:
+async def test_what_a_run_leaves_expires_a_week_after_its_end(space):
     space.worker()
     run = await family("m", m=MAP, c_x=ITEM).run({"items": [1, 2]}, space.executor)
     await end_of(run)
@@ -3927,12 +3679,9 @@ async def test_what_a_run_leaves_expires_a_week_after_its_end(space: Space) -> N
     assert all(6 < days <= 7 for days in ttls.values()), ttls
 
 
-async def test_a_child_that_outlives_its_root_leaves_nothing_of_it(
-    space: Space, gate: Gate, caplog: Any
-) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
+async def test_a_child_that_outlives_its_root_leaves_nothing_of_it(space, gate, caplog):
     slow = {"type": "spender", "tokens": 1}
-    child = graph("w -good-> x -> s; w -bad-> y", w=by_item, x=gate.data, y=gate.broken, s=slow)
+    child = graph("w -good-> x -> s; w -bad-> y", w=BY_ITEM, x=gate.data, y=gate.broken, s=slow)
     graphs = {"flow": graph("m -error-> z", m=MAP), "child": child}
     worker = space.worker()
     run = await Registry(graphs)["flow"].run({"items": ["good", "bad"]}, space.executor)
@@ -3947,19 +3696,7 @@ async def test_a_child_that_outlives_its_root_leaves_nothing_of_it(
     space.redis.delete(*space.runs())  # whose events nobody can replay
 
 
-async def test_a_cancelled_child_does_not_lengthen_the_life_of_its_roots_events(
-    space: Space, gate: Gate
-) -> None:
-    space.worker()
-    run = await family("m", m=MAP, c_x=gate.data).run({"items": [1, 2]}, space.executor)
-    await gate.reached("x", 2)
-
-    await run.cancel()
-
-    assert 6 < space.redis.ttl(run.keys[EVENTS]) / 86400 <= 7
-
-
-async def test_a_childs_end_does_not_shorten_the_life_of_what_it_shares(space: Space) -> None:
+async def test_a_childs_end_does_not_shorten_the_life_of_what_it_shares(space):
     parent = family("s", s=SUB)
     run = await parent.run({}, space.executor)
     hand = Hand(space, parent, run, alive=100)
@@ -3972,9 +3709,7 @@ async def test_a_childs_end_does_not_shorten_the_life_of_what_it_shares(space: S
         assert 29 < space.redis.ttl(key) / 86400 <= 30
 
 
-async def test_a_failed_child_can_be_resumed_although_its_root_is_gone(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_failed_child_can_be_resumed_although_its_root_is_gone(space, gate):
     space.worker()
     run = await family("s -error-> z", s=SUB, c_x=gate.broken).run({}, space.executor)
     assert (await end_of(run)).status == COMPLETED
@@ -3988,33 +3723,7 @@ async def test_a_failed_child_can_be_resumed_although_its_root_is_gone(
     space.redis.delete(*space.runs())  # whose events nobody can replay
 
 
-async def test_a_cancel_that_is_sent_again_says_the_same(space: Space) -> None:
-    space.worker()
-    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
-    await question_of(run)
-    cancel = {"version": new_id(), **run.ending(CANCELLED, "by request")}
-
-    said = [await run.change(END, **cancel) for _ in range(2)]
-
-    assert said == [RUNNING, RUNNING] and await is_status(run, CANCELLED)
-
-
-async def test_an_answer_that_is_sent_again_says_the_same(space: Space) -> None:
-    space.worker()
-    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
-    await question_of(run)
-    await run.read()
-    answer = {"job": run.active()["w"], "told": '["completed","approve"]', "version": new_id()}
-    answer["event"] = run.event("answered", node="w")
-
-    said = [await run.change(agentflow.ANSWER, **answer)]
-    assert (await end_of(run)).status == COMPLETED
-    said.append(await run.change(agentflow.ANSWER, **answer))
-
-    assert said == [1, 1]
-
-
-async def test_a_run_expires_thirty_days_after_its_last_step(space: Space, gate: Gate) -> None:
+async def test_a_run_expires_thirty_days_after_its_last_step(space, gate):
     run = await flow("a -> b", b=gate.data).run({"x": 1}, space.executor)
     for key in space.names():
         space.redis.expire(key, 1000)
@@ -4024,11 +3733,9 @@ async def test_a_run_expires_thirty_days_after_its_last_step(space: Space, gate:
 
     keys = [*run.keys[:2], run.keys[EVENTS], space.key("graph", run.origin.graph)]
     assert all(29 < space.redis.ttl(key) / 86400 <= 30 for key in keys)
-    gate.open("b")
-    assert (await end_of(run)).status == COMPLETED
 
 
-async def test_so_does_a_failed_run_after_its_failure_or_its_resume(space: Space) -> None:
+async def test_so_does_a_failed_run_after_its_failure_or_its_resume(space):
     run = await flow("a").run({"x": 1}, space.executor)
     hand = Hand(space, flow("a"), run)
     job, keys = hand.take("a"), [*run.keys[:2], run.keys[EVENTS]]
@@ -4040,7 +3747,7 @@ async def test_so_does_a_failed_run_after_its_failure_or_its_resume(space: Space
         assert all(29 < space.redis.ttl(key) / 86400 <= 30 for key in keys)
 
 
-async def test_so_does_what_a_run_waits_for_although_nothing_follows(space: Space) -> None:
+async def test_so_does_what_a_run_waits_for_although_nothing_follows(space):
     parent = family("s", s=SUB)
     hand = Hand(space, parent, await parent.run({}, space.executor))
 
@@ -4049,7 +3756,7 @@ async def test_so_does_what_a_run_waits_for_although_nothing_follows(space: Spac
     assert 29 < space.redis.ttl(hand.view.keys[PARKED]) / 86400 <= 30
 
 
-async def test_the_list_of_runs_forgets_what_has_expired(space: Space) -> None:
+async def test_the_list_of_runs_forgets_what_has_expired(space):
     month_ago = time.time() - 30 * 86400
     space.redis.zadd(space.key("runs"), {"gone": month_ago - 100, "there": month_ago + 100})
 
@@ -4058,7 +3765,7 @@ async def test_the_list_of_runs_forgets_what_has_expired(space: Space) -> None:
     assert space.redis.zrange(space.key("runs"), 0, -1) == ["there", run.id]
 
 
-async def test_a_runs_events_are_capped(space: Space) -> None:
+async def test_a_runs_events_are_capped(space):
     run = await flow("a").run({}, space.executor)
     events, sizes = run.keys[EVENTS], []
 
@@ -4073,7 +3780,7 @@ async def test_a_runs_events_are_capped(space: Space) -> None:
     assert max(sizes) < 10_200
 
 
-async def test_what_is_recorded_of_a_run_that_is_gone_leaves_nothing(space: Space) -> None:
+async def test_what_is_recorded_of_a_run_that_is_gone_leaves_nothing(space):
     run = await flow("a").run({}, space.executor)
     space.redis.delete(*run.keys[:3], run.keys[EVENTS])
 
@@ -4082,7 +3789,7 @@ async def test_what_is_recorded_of_a_run_that_is_gone_leaves_nothing(space: Spac
     assert not await space.executor.send("EXISTS", run.keys[EVENTS])  # which travels behind it
 
 
-async def test_who_follows_events_asks_about_ten_times_a_second(space: Space) -> None:
+async def test_who_follows_events_asks_about_ten_times_a_second(space):
     run = await flow("a").run({}, space.executor)
     found = exchanges(space.executor.link)
 
@@ -4093,86 +3800,15 @@ async def test_who_follows_events_asks_about_ten_times_a_second(space: Space) ->
     assert len(found) < 20
 
 
-async def test_a_run_whose_graph_is_gone_fails_and_may_be_resumed(space: Space) -> None:
-    run = await flow("a -> b").run({}, space.executor)
-    name = space.key("graph", run.origin.graph)
-    text = space.redis.getdel(name)
-    space.worker()
-    failed = await end_of(run)
-
-    space.redis.set(name, text, ex=86400)
-    await run.resume()
-
-    assert failed.error.endswith(f"its graph {run.origin.graph} is not in Redis")
-    assert (await end_of(run)).status == COMPLETED
-
-
-async def test_what_comes_into_the_list_of_a_worker_that_has_left_is_found(space: Space) -> None:
-    gone = space.worker()
-    await wait_until(lambda: space.redis.exists(space.key("worker", gone.id)))
-    await space.stop(gone)
-    both = flow("a -> b")
-    run = await both.run({}, space.executor)
-    space.redis.lmove(space.key("ready"), gone.processing, "RIGHT", "LEFT")  # its BLMOVE, late
-
-    space.worker()
-
-    await committed_once(space, run, both)
-
-
-async def test_a_worker_may_die_between_starting_a_child_and_parking(
-    space: Space, gate: Gate
-) -> None:
-    parent = family("s -> b", s=SUB, c_x=gate.data | {"holds": 0})
-    run = await parent.run({}, space.executor)
-    hand = Hand(space, parent, run)  # which is dead
-    await hand.start_child(hand.take("s"))
-
-    space.worker()
-
-    await committed_once(space, run, parent)
-    assert len(gate.begun("x")) == 2  # here and in memory
-
-
-async def test_a_map_that_was_begun_with_more_children_does_not_wait_for_them(
-    space: Space,
-) -> None:
-    mapped = family("m -> b", m=MAP, c_x=ITEM)
-    run = await mapped.run({"items": [1]}, space.executor)
-    hand = Hand(space, mapped, run)  # which dies after the first of two children
-    await hand.start_child(hand.take("m"), {"item": 1}, count=2)
-
-    space.worker(lease=0.3)
-    failed = await end_of(run)
-    await run.resume({"items": [1, 2]})
-
-    why = "its prep now gives 1, and not all that it gave at first were started"
-    assert failed.error == f'node "m": children are missing: {why}'
-    await as_in_memory(run, mapped, {"items": [1, 2]})
-
-
-async def test_a_child_that_ends_before_its_parent_has_parked_is_heard(space: Space) -> None:
-    parent = family("s -> b", s=SUB)
-    run = await parent.run({}, space.executor)
-    hand = Hand(space, parent, run, alive=100)
-    job = hand.take("s")
-    child = await hand.start_child(job)
-    space.worker()
-    await wait_until(lambda: is_status(child, COMPLETED))
-    assert space.lists() == [job] and not (await run.status()).context  # not queued as well
-
-    event = hand.view.event("parked", node="s")
-    await hand.view.change(RELEASE, job=job, count=1, question="", event=event)
-
-    assert (await end_of(run)).meaning == (await in_memory(parent)).meaning
-
-
 # ── 15. Steering ─────────────────────────────────────────────────────────────────────────────
 
 
+# Cancelling.
+
+
 async def test_cancelling_ends_the_model_calls_of_all_descendants_within_a_second_or_so(
-    space: Space, model: Model
-) -> None:
+    space, model
+):
     deep = Registry(
         {
             "top": graph("a -> m", m=MAP | {"workflowId": "middle"}),
@@ -4194,14 +3830,12 @@ async def test_cancelling_ends_the_model_calls_of_all_descendants_within_a_secon
     assert len(space.runs()) == 7 and len(model.asked) == 3
 
 
-async def test_a_wide_map_is_cancelled_in_a_few_exchanges_and_so_is_its_workers_work(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_wide_map_is_cancelled_in_a_few_exchanges_and_so_is_its_workers_work(space, gate):
     wide = family("m", m=MAP, c_x=gate.data)
     run = await wide.run({"items": [*range(40)]}, space.executor)
     worker = space.worker(concurrency=50, beat=60, lease=600)  # it looks when it is told to
     await gate.reached("x", 40)
-    client = RedisExecutor(space.url, space.namespace)
+    client = space.client()
     mine = await client.find(run.id)
     by_client, by_worker = exchanges(client.link), exchanges(worker.executor.link)
 
@@ -4210,18 +3844,14 @@ async def test_a_wide_map_is_cancelled_in_a_few_exchanges_and_so_is_its_workers_
 
     assert worker.held == {} and not space.lists()
     assert len(by_client) < 20 and len(by_worker) < 20
-    await client.link.close()
 
 
-async def test_a_cancel_reaches_what_a_child_that_has_ended_has_left_running(
-    space: Space, gate: Gate
-) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "slow"}
+async def test_a_cancel_reaches_what_a_child_that_has_ended_has_left_running(space, gate):
     deep = Registry(
         {
             "top": graph("s -> z", s=SUB | {"workflowId": "middle"}, z=gate.data),
             "middle": graph("m -error-> o", m=MAP | {"inputs": {"list": "items"}}),
-            "child": graph("w -bad-> x; w -slow-> y", w=by_item, x=gate.broken, y=gate.data),
+            "child": graph("w -bad-> x; w -slow-> y", w=BY_ITEM, x=gate.broken, y=gate.data),
         }
     )
     space.worker()
@@ -4235,7 +3865,7 @@ async def test_a_cancel_reaches_what_a_child_that_has_ended_has_left_running(
     assert phases == [CANCELLED] * 3 + [COMPLETED]
 
 
-async def test_a_cancelled_run_cannot_be_steered(space: Space) -> None:
+async def test_a_cancelled_run_cannot_be_steered(space):
     run = await flow("a -> b").run({}, space.executor)
     await run.cancel()
 
@@ -4246,27 +3876,12 @@ async def test_a_cancelled_run_cannot_be_steered(space: Space) -> None:
     with pytest.raises(RunError) as result:
         await run.result()
 
-    space.worker()
     assert str(again.value) == f"run {run.id} is cancelled already"
     assert str(resumed.value) == f"run {run.id} is cancelled; only a failed run can be resumed"
     assert str(result.value) == f'run {run.id} of "flow" cancelled: by request'
 
 
-async def test_what_a_cancelled_runs_nodes_still_finish_is_not_kept(
-    space: Space, gate: Gate
-) -> None:
-    worker = space.worker(beat=1.5)  # so that it hears of it at its commit
-    run = await flow("a -> b", a=gate.data).run({}, space.executor)
-    await gate.reached("a")
-
-    await run.cancel()
-    gate.open("a")
-    await wait_until(lambda: not worker.held)
-
-    assert (await run.status()).context == {} and worker.counts["done"] == 0
-
-
-async def test_what_fails_in_a_cancelled_run_leaves_nothing(space: Space) -> None:
+async def test_what_fails_in_a_cancelled_run_leaves_nothing(space):
     broken = flow("a")
     run = await broken.run({}, space.executor)
     hand = Hand(space, broken, run)
@@ -4279,9 +3894,12 @@ async def test_what_fails_in_a_cancelled_run_leaves_nothing(space: Space) -> Non
     assert not space.redis.exists(run.keys[agentflow.PARKED])
 
 
-async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, gate: Gate) -> None:
-    noted = gate.data | {"holds": 0}
-    failing = flow("s -> a b -> c -> d", s=noted, a=noted, b=noted | gate.broken, c=noted)
+# Resuming.
+
+
+async def test_a_resumed_run_repeats_nothing_that_was_committed(space, gate):
+    noted = dict.fromkeys("sabc", gate.noted)
+    failing = flow("s -> a b -> c -> d", **noted | {"b": gate.noted | gate.broken})
     space.worker()
     run = await failing.run({}, space.executor)
     failed = await end_of(run)
@@ -4296,8 +3914,8 @@ async def test_a_resumed_run_repeats_nothing_that_was_committed(space: Space, ga
     assert end.meaning == (await in_memory(failing)).meaning
 
 
-async def test_a_failed_run_begins_nothing_more(space: Space, gate: Gate) -> None:
-    failing = flow("a b", a=gate.broken, b=gate.data | {"holds": 0})
+async def test_a_failed_run_begins_nothing_more(space, gate):
+    failing = flow("a b", a=gate.broken, b=gate.noted)
     local = await failing.run({}, InMemoryExecutor(concurrency=1))
     await end_of(local)
     await asyncio.gather(*local.tasks)
@@ -4310,7 +3928,7 @@ async def test_a_failed_run_begins_nothing_more(space: Space, gate: Gate) -> Non
     assert len(places(space)) == 2 and not gate.begun("b")
 
 
-async def test_what_follows_in_a_failed_run_waits_for_a_resume(space: Space, gate: Gate) -> None:
+async def test_what_follows_in_a_failed_run_waits_for_a_resume(space, gate):
     failing = flow("a -> c; b -> d", a=gate.data, b=gate.broken)
     space.worker()
     run = await failing.run({}, space.executor)
@@ -4327,8 +3945,8 @@ async def test_what_follows_in_a_failed_run_waits_for_a_resume(space: Space, gat
 
 
 async def test_a_resume_goes_on_from_one_moment_although_the_run_is_looked_at_meanwhile(
-    space: Space, gate: Gate
-) -> None:
+    space, gate
+):
     failing = flow("a -> c; b -> d", a=gate.data, b=gate.broken)
     space.worker()
     run = await failing.run({}, space.executor)
@@ -4341,18 +3959,15 @@ async def test_a_resume_goes_on_from_one_moment_although_the_run_is_looked_at_me
         await wait_until(lambda: has_key(run, "a"))  # by looking at the status
         return await look_for()
 
-    run.children = children  # type: ignore[method-assign]
+    run.children = children
     gate.mend()
     await run.resume()
 
     await committed_once(space, run, failing)
 
 
-async def test_a_resume_does_not_start_again_what_a_worker_still_runs(
-    space: Space, gate: Gate
-) -> None:
-    once = gate.data | {"config": {"retries": 0}}
-    failing = flow("a b -> c", a=once, b=gate.broken)
+async def test_a_resume_does_not_start_again_what_a_worker_still_runs(space, gate):
+    failing = flow("a b -> c", a=gate.data | ONCE, b=gate.broken)
     space.worker(), space.worker()
     run = await failing.run({}, space.executor)
     await gate.reached("a")
@@ -4369,15 +3984,11 @@ async def test_a_resume_does_not_start_again_what_a_worker_still_runs(
     assert end.done == activations("a b c") and len(gate.begun("a")) == 1
 
 
-async def test_a_resumed_run_resumes_its_failed_children_and_only_those(
-    space: Space, gate: Gate
-) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "two"}
-    noted = gate.data | {"holds": 0}
+async def test_a_resumed_run_resumes_its_failed_children_and_only_those(space, gate):
     deep = Registry(
         {
             "top": graph("m -> b", m=MAP | {"workflowId": "middle"}),
-            "middle": graph("w -one-> s; w -two-> z", w=by_item, s=SUB, z=noted),
+            "middle": graph("w -one-> s; w -two-> z", w=BY_ITEM, s=SUB, z=gate.noted),
             "child": graph("x -> y", y=gate.broken),
         }
     )
@@ -4396,9 +4007,7 @@ async def test_a_resumed_run_resumes_its_failed_children_and_only_those(
     assert end.meaning == (await in_memory(deep["top"], items)).meaning
 
 
-async def test_a_parent_is_told_when_its_failed_child_is_cancelled(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_parent_is_told_when_its_failed_child_is_cancelled(space, gate):
     space.worker()
     run = await family("s", s=SUB, c_x=gate.broken).run({}, space.executor)
     first = (await end_of(run)).error
@@ -4411,11 +4020,8 @@ async def test_a_parent_is_told_when_its_failed_child_is_cancelled(
     assert (await end_of(run)).error.endswith('run ID of "child" cancelled: by request')
 
 
-async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(
-    space: Space, gate: Gate
-) -> None:
-    noted = gate.data | {"holds": 0}
-    going_on = family("s -error-> z", s=SUB, z=gate.broken, c_x=noted | gate.broken)
+async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(space, gate):
+    going_on = family("s -error-> z", s=SUB, z=gate.broken, c_x=gate.noted | gate.broken)
     space.worker()
     run = await going_on.run({}, space.executor)
     await end_of(run)
@@ -4429,12 +4035,8 @@ async def test_a_resume_leaves_a_failed_child_alone_that_nobody_waits_for(
 
 
 @pytest.mark.parametrize("now", [["good", "bad", "good"], ["good"]])
-async def test_a_map_that_is_delivered_again_starts_no_child_again_and_no_more(
-    space: Space, gate: Gate, now: list[str]
-) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
-    noted = gate.data | {"holds": 0}
-    child = graph("w -good-> x; w -bad-> q; q -approve-> z", w=by_item, x=noted, q=WAIT)
+async def test_a_map_that_is_delivered_again_starts_no_child_again_and_no_more(space, gate, now):
+    child = graph("w -good-> x; w -bad-> q; q -approve-> z", w=BY_ITEM, x=gate.noted, q=WAIT)
     space.worker()
     run = await Registry({"flow": graph("m", m=MAP), "child": child})["flow"].run(
         {"items": ["good", "bad"]}, space.executor
@@ -4456,13 +4058,9 @@ async def test_a_map_that_is_delivered_again_starts_no_child_again_and_no_more(
 
 
 @pytest.mark.parametrize("now", [["good", "bad", "good"], [], "gone"])
-async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
-    space: Space, gate: Gate, now: Any
-) -> None:
-    by_item = SWITCH | {"inputs": {"value": "item"}, "otherwise": "bad"}
-    noted = gate.data | {"holds": 0}
+async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(space, gate, now):
     lines = "w -good-> x; w -bad-> y -> q; q -approve-> z"
-    child = graph(lines, w=by_item, x=noted, y=gate.broken, q=WAIT)
+    child = graph(lines, w=BY_ITEM, x=gate.noted, y=gate.broken, q=WAIT)
     graphs = {"flow": graph("m", m=MAP), "child": child}
     space.worker()
     run = await Registry(graphs)["flow"].run({"items": ["good", "bad"]}, space.executor)
@@ -4480,13 +4078,13 @@ async def test_a_resumed_map_goes_on_with_the_list_that_it_began_with(
     assert len(gate.begun("x")) == 1
 
 
-async def test_a_resume_of_a_child_that_fails_again_at_once_ends(space: Space, gate: Gate) -> None:
-    parent = family("s", s=SUB, c_x=gate.data | gate.broken | {"holds": 0})
+async def test_a_resume_of_a_child_that_fails_again_at_once_ends(space, gate):
+    parent = family("s", s=SUB, c_x=gate.noted | gate.broken)
     space.worker()
     run = await parent.run({}, space.executor)
     await end_of(run)
     [child] = await run.children()
-    far = RedisExecutor(space.url, space.namespace)
+    far = space.client()
     send = far.send
 
     async def late(*command: Any) -> Any:  # which is a script, and the keys of a run, or is none
@@ -4494,15 +4092,14 @@ async def test_a_resume_of_a_child_that_fails_again_at_once_ends(space: Space, g
             await wait_until(lambda: is_status(child, FAILED))
         return await send(*command)
 
-    far.send = late  # type: ignore[assignment]
+    far.send = late
     seen_from_far = await far.find(run.id)
     await asyncio.wait_for(seen_from_far.resume(), 10)
-    await far.link.close()
 
     assert (await end_of(run)).status == FAILED and len(gate.begun("x")) == 2
 
 
-async def test_a_resume_asks_again_what_was_answered_so_that_the_node_failed(space: Space) -> None:
+async def test_a_resume_asks_again_what_was_answered_so_that_the_node_failed(space):
     asking = flow(APPROVAL, w={"type": "wait", "question": "Good?"})
     space.worker()
     run = await asking.run({}, space.executor)
@@ -4517,23 +4114,7 @@ async def test_a_resume_asks_again_what_was_answered_so_that_the_node_failed(spa
     assert failed.status == FAILED and (await end_of(run)).status == COMPLETED
 
 
-async def test_a_resume_that_is_sent_again_resumes_once(space: Space, gate: Gate) -> None:
-    space.worker()
-    run = await flow("a", a=gate.broken).run({}, space.executor)
-    await end_of(run)
-    await run.read()
-    jobs, event = [*run.active().values()], run.event("resumed")
-    resume = {"version": new_id(), "seen": run.version, "state": run.fields["state"]}
-    resume |= {"jobs": jobs, "event": event}
-
-    assert await run.change(RESUME, **resume) == 1
-    failed = await end_of(run)
-    assert await run.change(RESUME, **resume) == 1  # what the first one had said
-
-    assert failed.status == FAILED and await is_status(run, FAILED)
-
-
-async def test_a_resumed_run_takes_new_inputs(space: Space) -> None:
+async def test_a_resumed_run_takes_new_inputs(space):
     limited = family("m -> b", m=MAP, c_x=ITEM)
     space.worker()
     run = await limited.run({"items": "none"}, space.executor)
@@ -4544,7 +4125,7 @@ async def test_a_resumed_run_takes_new_inputs(space: Space) -> None:
     await as_in_memory(run, limited, {"items": [1, 2]})
 
 
-async def test_only_a_failed_run_can_be_resumed(space: Space) -> None:
+async def test_only_a_failed_run_can_be_resumed(space):
     run = await flow("a").run({}, space.executor)
     with pytest.raises(RunError) as running:
         await run.resume()
@@ -4558,18 +4139,6 @@ async def test_only_a_failed_run_can_be_resumed(space: Space) -> None:
     assert str(completed.value) == f"run {run.id} is completed; only a failed run can be resumed"
 
 
-async def test_an_answer_outlives_the_worker_that_asked(space: Space) -> None:
-    worker = space.process()
-    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
-    await question_of(run)
-
-    worker.kill()
-    await run.answer("w", "approve")
-    space.process()
-
-    assert (await end_of(run)).done == activations("a w:approve b")
-
-
 # ── 16. Steering that races ──────────────────────────────────────────────────────────────────
 # Each of cancel, resume and answer with a commit of the same run, with the death of a worker, and
 # with itself. What comes between a decision and its commit is made certain by a worker by hand.
@@ -4578,7 +4147,7 @@ async def test_an_answer_outlives_the_worker_that_asked(space: Space) -> None:
 # With a commit of the same run.
 
 
-async def test_a_resume_refuses_what_was_decided_before_it(space: Space) -> None:
+async def test_a_resume_refuses_what_was_decided_before_it(space):
     both = flow("a b -> c")
     run = await both.run({}, space.executor)
     hand = Hand(space, both, run, alive=100)
@@ -4598,25 +4167,19 @@ async def test_a_resume_refuses_what_was_decided_before_it(space: Space) -> None
     assert end.done == activations("a b c") and end.context["more"] == 1
 
 
-async def test_a_cancel_refuses_what_was_decided_before_it(space: Space) -> None:
-    both = flow("a b -> c")
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run)
-    decision = await hand.decide(hand.take("a"))
+async def test_what_a_cancelled_runs_nodes_still_finish_is_not_kept(space, gate):
+    worker = space.worker(beat=1.5)  # so that it hears of it at its commit
+    run = await flow("a -> b", a=gate.data).run({}, space.executor)
+    await gate.reached("a")
 
     await run.cancel()
-    accepted = await hand.commit(decision)
+    gate.open("a")
+    await wait_until(lambda: not worker.held)
 
-    assert not accepted and (await run.status()).context == {}
-    worker = space.worker(lease=0.3)  # which reaps the hand, and drops what it had
-    await wait_until(lambda: worker.counts["reaped"] == 1 and not space.lists())
-    assert worker.counts["done"] == 0
-    assert [event["event"] for event in space.events(run.id)] == ["started", "cancelled"]
+    assert (await run.status()).context == {} and worker.counts["done"] == 0
 
 
-async def test_an_answer_refuses_nothing_that_was_decided_before_it_and_both_count(
-    space: Space,
-) -> None:
+async def test_an_answer_refuses_nothing_that_was_decided_before_it_and_both_count(space):
     asking = flow("w a -> b; w -approve-> b", w=WAIT)
     run = await asking.run({}, space.executor)
     hand = Hand(space, asking, run, alive=100)
@@ -4635,7 +4198,7 @@ async def test_an_answer_refuses_nothing_that_was_decided_before_it_and_both_cou
     assert end.done == activations("a w:approve b") and end.context["w"] == "approve"
 
 
-async def test_a_commit_just_before_a_cancel_is_kept_and_leads_no_further(space: Space) -> None:
+async def test_a_commit_just_before_a_cancel_is_kept_and_leads_no_further(space):
     both = flow("a -> b")
     run = await both.run({}, space.executor)
     hand = Hand(space, both, run)
@@ -4649,28 +4212,12 @@ async def test_a_commit_just_before_a_cancel_is_kept_and_leads_no_further(space:
     assert (await run.status()).context.keys() == {"a"}
 
 
-async def test_a_commit_into_a_failed_run_just_before_a_resume_is_not_repeated(
-    space: Space,
-) -> None:
-    both = flow("a b -> c")
-    run = await both.run({}, space.executor)
-    hand = Hand(space, both, run)
-    a, b = hand.take("a"), hand.take("b")
-    await hand.fail(b, "it is broken")
-
-    [accepted, _] = await asyncio.gather(hand.commit(await hand.decide(a)), run.resume())
-    space.worker()
-    await committed_once(space, run, both)
-
-    assert accepted
-
-
 @pytest.mark.parametrize(
     "order", ["fail start resume park", "fail start park resume", "start fail resume park"]
 )
 async def test_a_map_whose_run_fails_while_it_starts_its_children_starts_all_after_a_resume(
-    space: Space, order: str
-) -> None:
+    space, order
+):
     mapped, items = family("m a -> b", m=MAP, c_x=ITEM), {"items": [1, 2]}
     run = await mapped.run(items, space.executor)
     hand = Hand(space, mapped, run, alive=100)
@@ -4690,9 +4237,7 @@ async def test_a_map_whose_run_fails_while_it_starts_its_children_starts_all_aft
     await as_in_memory(run, mapped, items)
 
 
-async def test_a_cancel_at_the_moment_of_a_runs_end_leaves_one_of_the_two(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_cancel_at_the_moment_of_a_runs_end_leaves_one_of_the_two(space, gate):
     space.worker()
     for i in range(12):
         node = f"a{i}"
@@ -4712,9 +4257,7 @@ async def test_a_cancel_at_the_moment_of_a_runs_end_leaves_one_of_the_two(
 # With the death of a worker.
 
 
-async def test_a_cancel_reaches_the_children_of_a_job_whose_worker_died(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_cancel_reaches_the_children_of_a_job_whose_worker_died(space, gate):
     mapped = family("m -> b", m=MAP, c_x=ITEM | gate.data)
     worker = space.process()
     run = await mapped.run({"items": [1, 2]}, space.executor)
@@ -4730,9 +4273,7 @@ async def test_a_cancel_reaches_the_children_of_a_job_whose_worker_died(
     assert not any(event["event"] == "done" for event in space.events(run.id))
 
 
-async def test_a_worker_that_dies_while_its_run_is_resumed_delays_it_only(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_worker_that_dies_while_its_run_is_resumed_delays_it_only(space, gate):
     gated = flow("a b -> c", a=gate.data | {"holds": 1}, b=gate.broken)
     worker = space.process()
     run = await gated.run({}, space.executor)
@@ -4749,20 +4290,19 @@ async def test_a_worker_that_dies_while_its_run_is_resumed_delays_it_only(
     await committed_once(space, run, gated)
 
 
-async def test_an_answer_that_is_handed_to_a_dying_worker_is_not_lost(space: Space) -> None:
+async def test_an_answer_outlives_the_worker_that_asked(space):
     worker = space.process()
     run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
     await question_of(run)
 
-    worker.send(signal.SIGSTOP)  # its BLMOVE may still take the job
+    worker.kill()
     await run.answer("w", "approve")
-    worker.die()
-    space.worker(lease=0.3)
+    space.process()
 
     assert (await end_of(run)).done == activations("a w:approve b")
 
 
-async def test_a_worker_that_dies_with_an_answer_leaves_it_for_another(space: Space) -> None:
+async def test_a_worker_that_dies_with_an_answer_leaves_it_for_another(space):
     asking = flow(APPROVAL, w=WAIT)
     first = space.worker()
     run = await asking.run({}, space.executor)
@@ -4782,12 +4322,52 @@ async def test_a_worker_that_dies_with_an_answer_leaves_it_for_another(space: Sp
 # With itself.
 
 
+async def test_a_cancel_that_is_sent_again_says_the_same(space):
+    space.worker()
+    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
+    await question_of(run)
+    cancel = {"version": new_id(), **run.ending(CANCELLED, "by request")}
+
+    said = [await run.change(END, **cancel) for _ in range(2)]
+
+    assert said == [RUNNING, RUNNING] and await is_status(run, CANCELLED)
+
+
+async def test_a_resume_that_is_sent_again_resumes_once(space, gate):
+    space.worker()
+    run = await flow("a", a=gate.broken).run({}, space.executor)
+    await end_of(run)
+    await run.read()
+    jobs, event = [*run.active().values()], run.event("resumed")
+    resume = {"version": new_id(), "seen": run.version, "state": run.fields["state"]}
+    resume |= {"jobs": jobs, "event": event}
+
+    assert await run.change(RESUME, **resume) == 1
+    failed = await end_of(run)
+    assert await run.change(RESUME, **resume) == 1  # what the first one had said
+
+    assert failed.status == FAILED and await is_status(run, FAILED)
+
+
+async def test_an_answer_that_is_sent_again_says_the_same(space):
+    space.worker()
+    run = await flow(APPROVAL, w=WAIT).run({}, space.executor)
+    await question_of(run)
+    await run.read()
+    answer = {"job": run.active()["w"], "told": '["completed","approve"]', "version": new_id()}
+    answer["event"] = run.event("answered", node="w")
+
+    said = [await run.change(agentflow.ANSWER, **answer)]
+    assert (await end_of(run)).status == COMPLETED
+    said.append(await run.change(agentflow.ANSWER, **answer))
+
+    assert said == [1, 1]
+
+
 @pytest.mark.parametrize(
     "command, event", [("cancel", "cancelled"), ("resume", "resumed"), ("answer", "answered")]
 )
-async def test_of_a_command_given_five_times_at_once_one_counts(
-    space: Space, gate: Gate, command: str, event: str
-) -> None:
+async def test_of_a_command_given_five_times_at_once_one_counts(space, gate, command, event):
     broken = gate.broken if command == "resume" else {}
     both = family("s w -> b; w -approve-> b", s=SUB, w=WAIT, c_x=broken)
     space.worker()
@@ -4795,19 +4375,17 @@ async def test_of_a_command_given_five_times_at_once_one_counts(
     await question_of(run)
     await wait_until(lambda: not broken or is_status(run, FAILED))
     gate.mend()
+    found = [await space.client().find(run.id) for _ in range(5)]
+    given = [["w", f"answer {i}"] if command == "answer" else [] for i in range(5)]
 
-    async def steer(i: int, executor: RedisExecutor) -> None:
-        found = await executor.find(run.id)
-        given = ["w", f"answer {i}"] if command == "answer" else []
-        await getattr(found, command)(*given)
-
-    told = await at_once(space, 5, steer)
+    steps = [getattr(each, command)(*more) for each, more in zip(found, given, strict=True)]
+    told = await asyncio.gather(*steps, return_exceptions=True)
 
     assert told.count(None) == 1 and [type(each) for each in told].count(RunError) == 4, told
     noted = [each["event"] for each in space.events(run.id) if each["run"] == run.id]
     assert noted.count(event) == 1
     if command == "resume":
-        await wait_until(lambda: can_answer(run, "w"))
+        await run.answer("w", "yes")
     if command != "cancel":
         end = await end_of(run)
         child = ["child.final_output#1:default", "child.x#1:default"]
@@ -4815,9 +4393,7 @@ async def test_of_a_command_given_five_times_at_once_one_counts(
         assert command == "resume" or end.context["w"] == f"answer {told.index(None)}"
 
 
-async def test_a_cancel_and_a_resume_at_once_end_in_a_cancelled_run(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_cancel_and_a_resume_at_once_end_in_a_cancelled_run(space, gate):
     broken = flow("a -> b", a=gate.broken)
     space.worker()
     for first in ("cancel", "resume") * 4:
@@ -4837,18 +4413,7 @@ async def test_a_cancel_and_a_resume_at_once_end_in_a_cancelled_run(
 # What --explain says.
 
 
-async def explained(run: RedisRun, flow: agentflow.Flow) -> list[str]:
-    """What is said of a run; ids, ages and the names of workers left out."""
-    await run.read()
-    last = {(e["run"], e.get("node")): e async for e in run.events(follow=False)}
-    lines = [line async for line in explain(run, flow, last, "")]
-    odd = r"\S+-\d+-[0-9a-f]{6}\b|[0-9a-f]{16,}|\d+(?= s\b)"
-    return [re.sub(odd, "N", line) for line in lines]
-
-
-async def test_a_run_that_stands_says_of_each_token_where_it_is_and_why(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_run_that_stands_says_of_each_token_where_it_is_and_why(space, gate):
     held = family("s q a m -> j; q -approve-> j", a=gate.data, q=WAIT, m=MAP, c_x=gate.data)
     run = await held.run({"items": [1, 2]}, space.executor)
     queued = await explained(run, held)
@@ -4867,14 +4432,9 @@ async def test_a_run_that_stands_says_of_each_token_where_it_is_and_why(
     child = ["    run N of child is running ", f"      x {here}"]
     assert said[0] == "run N of flow is running " and said[5:] == child * 2
     assert sorted(said[1:5]) == [f"  {each}" for each in (a, j, m, q)]
-    gate.open("a", "x")
-    await run.answer("q", "approve")
-    assert (await end_of(run)).status == COMPLETED
 
 
-async def test_a_run_that_failed_or_whose_worker_died_says_what_brings_it_on(
-    space: Space, gate: Gate
-) -> None:
+async def test_a_run_that_failed_or_whose_worker_died_says_what_brings_it_on(space, gate):
     both = flow("a b", a=gate.data, b=gate.broken)
     worker = space.process()
     run = await both.run({}, space.executor)
@@ -4898,7 +4458,7 @@ async def test_a_run_that_failed_or_whose_worker_died_says_what_brings_it_on(
     assert (await end_of(run)).status == COMPLETED
 
 
-async def test_a_job_that_is_lost_after_all_is_said_to_be_nowhere(space: Space) -> None:
+async def test_a_job_that_is_lost_after_all_is_said_to_be_nowhere(space):
     lost = flow("a")
     run = await lost.run({}, space.executor)
     space.redis.rename(space.key("ready"), space.key("elsewhere"))
@@ -4907,16 +4467,14 @@ async def test_a_job_that_is_lost_after_all_is_said_to_be_nowhere(space: Space) 
 
     assert said[1] == "  a is NOWHERE: not queued, not with a worker, not parked; please report it"
     space.redis.rename(space.key("elsewhere"), space.key("ready"))
-    space.worker()
-    assert (await end_of(run)).status == COMPLETED
 
 
-async def test_what_fails_while_one_looks_is_not_nowhere(space: Space, gate: Gate) -> None:
+async def test_what_fails_while_one_looks_is_not_nowhere(space, gate):
     both = flow("a; b", a=gate.data | gate.broken, b=gate.broken)
     run = await both.run({}, space.executor)
     space.worker()
     await wait_until(lambda: is_status(run, FAILED))
-    client = RedisExecutor(space.url, space.namespace)
+    client = space.client()
     mine, send = await client.find(run.id), client.send
 
     async def then_a_fails(reply: Any) -> Any:
@@ -4929,37 +4487,34 @@ async def test_what_fails_while_one_looks_is_not_nowhere(space: Space, gate: Gat
     said = [line async for line in explain(mine, both, {}, "")]
 
     assert len(said) == 3 and "NOWHERE" not in "".join(said)
-    await client.link.close()
 
 
 # The client.
 
 
 @pytest.mark.parametrize("name", [*USE_CASES, "announcement"])
-async def test_a_local_dry_run_needs_no_redis_no_key_and_no_network(
-    shell: Shell, name: str
-) -> None:
+async def test_a_local_dry_run_needs_no_redis_no_key_and_no_network(shell, name):
     dry = ["client", "--usecase", name, "--local", "--dry-run"]
     typed = await shell.type(*dry, REDIS_URL=NOWHERE, **KEYLESS)
 
-    expected = await in_memory(load(HERE / "graphs")[name], dry_run=True)
+    expected = await in_memory(GRAPHS[name], dry_run=True)
     assert (typed.code, typed.out) == (0, f"{expected.result}\n")
     assert "output" in typed.err or "log" in typed.err
 
 
-async def test_a_run_that_is_not_waited_for_prints_its_id_and_can_be_followed(shell: Shell) -> None:
+async def test_a_run_that_is_not_waited_for_prints_its_id_and_can_be_followed(shell):
     started = await shell.type("client", "--usecase", "blog-post", "--dry-run")
     worker = shell.start("worker")
     followed = await shell.type("client", "--run", started.out.strip(), "--wait")
 
-    expected = await in_memory(load(HERE / "graphs")["blog-post"], dry_run=True)
+    expected = await in_memory(GRAPHS["blog-post"], dry_run=True)
     assert started.code == 0 and re.fullmatch(r"[0-9a-f]+\n", started.out)
     assert f"--run {started.out.strip()} --wait" in started.err
     assert (followed.code, followed.out) == (0, f"{expected.result}\n")
     assert worker.code is None
 
 
-async def test_a_run_that_is_waited_for_shows_its_events_and_then_its_result(shell: Shell) -> None:
+async def test_a_run_that_is_waited_for_shows_its_events_and_then_its_result(shell):
     shell.start("worker")
 
     typed = await shell.type("client", "--usecase", "job-application", "--wait")
@@ -4970,7 +4525,7 @@ async def test_a_run_that_is_waited_for_shows_its_events_and_then_its_result(she
         assert re.search(rf"\d\d:\d\d:\d\d +{node} +done", typed.err), typed.err
 
 
-async def test_without_a_worker_a_waiting_client_says_what_to_type(shell: Shell) -> None:
+async def test_without_a_worker_a_waiting_client_says_what_to_type(shell):
     waiting = shell.start("client", "--usecase", "blog-post", "--dry-run", "--wait")
 
     await wait_until(lambda: "no worker is alive" in waiting.err and "worker.py" in waiting.err)
@@ -4979,7 +4534,7 @@ async def test_without_a_worker_a_waiting_client_says_what_to_type(shell: Shell)
     assert (await waiting.end()).code == 0
 
 
-async def test_json_is_one_document_with_the_fields_of_the_contract(shell: Shell) -> None:
+async def test_json_is_one_document_with_the_fields_of_the_contract(shell):
     shell.start("worker")
     local = await shell.type("client", "--usecase", "blog-post", "--local", "--dry-run", "--json")
     waited = await shell.type("client", "--usecase", "blog-post", "--dry-run", "--wait", "--json")
@@ -4992,7 +4547,7 @@ async def test_json_is_one_document_with_the_fields_of_the_contract(shell: Shell
     assert documents[1] == documents[2] and documents[0]["context"] == documents[1]["context"]
 
 
-async def test_an_input_is_json_or_text_or_a_file(shell: Shell) -> None:
+async def test_an_input_is_json_or_text_or_a_file(shell):
     reads = {"inputs": {name: name for name in "abcde"}}
     command = shell.draw(graph("o", {"a": 1}, o=TEXT | reads))
     (shell.folder / "e.txt").write_text("[1]")
@@ -5006,7 +4561,7 @@ async def test_an_input_is_json_or_text_or_a_file(shell: Shell) -> None:
     assert [context[key] for key in "abcde"] == ["two", [1, 2], "x=y", "3", [1]]
 
 
-async def test_the_use_cases_are_listed_and_drawn(shell: Shell) -> None:
+async def test_the_use_cases_are_listed_and_drawn(shell):
     listed = await shell.type("client", "--list")
     drawn = await shell.type("client", "--usecase", "research", "--draw")
 
@@ -5050,9 +4605,7 @@ WRONG: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-async def test_what_is_typed_wrongly_is_said_in_a_line_and_changes_nothing(
-    shell: Shell, name: str
-) -> None:
+async def test_what_is_typed_wrongly_is_said_in_a_line_and_changes_nothing(shell, name):
     command, environment, hints = WRONG[name]
 
     typed = await shell.type("client", *command, **environment)
@@ -5062,14 +4615,14 @@ async def test_what_is_typed_wrongly_is_said_in_a_line_and_changes_nothing(
     assert not shell.space.runs()
 
 
-async def test_a_bad_graph_is_refused_at_the_command_line_with_every_finding(shell: Shell) -> None:
+async def test_a_bad_graph_is_refused_at_the_command_line_with_every_finding(shell):
     typed = await shell.type(*shell.draw(graph("a -> b", a={"x": 1}, b={"y": 1})))
 
     lines = [line for line in typed.err.splitlines() if "drawn.json: $.nodes[" in line]
     assert (typed.code, len(lines)) == (2, 2)
 
 
-async def test_without_a_key_a_run_fails_and_says_what_to_set(shell: Shell) -> None:
+async def test_without_a_key_a_run_fails_and_says_what_to_set(shell):
     local = ["client", "--usecase", "blog-post", "--local"]
     typed = await shell.type(*local, REDIS_URL=NOWHERE, **KEYLESS)
 
@@ -5077,7 +4630,7 @@ async def test_without_a_key_a_run_fails_and_says_what_to_set(shell: Shell) -> N
     assert "OPENAI_API_KEY" in typed.err and "--dry-run" in typed.err
 
 
-async def test_a_run_is_cancelled_from_the_command_line(shell: Shell) -> None:
+async def test_a_run_is_cancelled_from_the_command_line(shell):
     started = await shell.type("client", "--usecase", "blog-post")
     run = started.out.strip()
 
@@ -5085,13 +4638,12 @@ async def test_a_run_is_cancelled_from_the_command_line(shell: Shell) -> None:
     status = await shell.type("client", "--run", run, "--status")
     again = await shell.type("client", "--run", run, "--cancel")
 
-    shell.start("worker")
     assert (cancelled.code, status.code) == (0, 1)
     assert "cancelled" in status.out + status.err
     assert again.code == 2 and "is cancelled already" in again.err
 
 
-async def test_a_person_answers_from_another_terminal(shell: Shell) -> None:
+async def test_a_person_answers_from_another_terminal(shell):
     shell.start("worker")
     waiting = shell.start("client", "--usecase", "announcement", "--wait")
 
@@ -5105,7 +4657,7 @@ async def test_a_person_answers_from_another_terminal(shell: Shell) -> None:
     assert twice.code == 2 and "does not wait for an answer" in twice.err
 
 
-async def test_a_run_that_is_steered_is_told_of_in_json_too(shell: Shell) -> None:
+async def test_a_run_that_is_steered_is_told_of_in_json_too(shell):
     started = await shell.type("client", "--usecase", "blog-post")
 
     cancelled = await shell.type("client", "--run", started.out.strip(), "--cancel", "--json")
@@ -5113,7 +4665,7 @@ async def test_a_run_that_is_steered_is_told_of_in_json_too(shell: Shell) -> Non
     assert (cancelled.code, json.loads(cancelled.out)["status"]) == (1, CANCELLED)
 
 
-async def test_a_failed_run_is_resumed_from_the_command_line(shell: Shell) -> None:
+async def test_a_failed_run_is_resumed_from_the_command_line(shell):
     worker = shell.start("worker", **KEYLESS)
     failed = await shell.type("client", "--usecase", "blog-post", "--wait", "--json")
     run = json.loads(failed.out)["run"]
@@ -5130,10 +4682,7 @@ async def test_a_failed_run_is_resumed_from_the_command_line(shell: Shell) -> No
 # The worker.
 
 
-async def test_a_worker_says_what_it_does_and_keeps_prompts_and_keys_to_itself(
-    shell: Shell,
-    tmp_path: Path,
-) -> None:
+async def test_a_worker_says_what_it_does_and_keeps_prompts_and_keys_to_itself(shell, tmp_path):
     server = Server(tmp_path / "redis")
     server.start()
     server.client.config_set("requirepass", "pass-word")
@@ -5153,7 +4702,7 @@ async def test_a_worker_says_what_it_does_and_keeps_prompts_and_keys_to_itself(
     assert refused.code == 2 and "PASSWORD" in refused.err
 
 
-async def test_a_worker_says_when_there_is_no_key_and_when_there_is_no_redis(shell: Shell) -> None:
+async def test_a_worker_says_when_there_is_no_key_and_when_there_is_no_redis(shell):
     keyless = shell.start("worker", **KEYLESS)
     await wait_until(lambda: "OPENAI_API_KEY" in keyless.err)
     keyless.process.send_signal(signal.SIGINT)
@@ -5164,39 +4713,17 @@ async def test_a_worker_says_when_there_is_no_key_and_when_there_is_no_redis(she
     assert lost.code == 2 and "127.0.0.1:1" in lost.err
 
 
-async def test_a_worker_that_stops_waits_for_no_nodes_thread_and_loses_no_last_words(
-    shell: Shell, gate: Gate
-) -> None:
+async def test_a_worker_that_stops_waits_for_no_nodes_thread_and_loses_no_last_words(shell, gate):
     endless = one("threaded", together=100, **gate.data, **{"last words": "farewell"})
     command = ["worker", "--import", "test_agentflow", "--grace", "0"]
     worker = shell.start(*command, PYTHONUNBUFFERED="")
-    run = await endless.run({}, shell.space.executor)
+    await endless.run({}, shell.space.executor)
     await wait_until(lambda: (gate.folder / "a.begun").exists())
 
     worker.process.send_signal(signal.SIGTERM)
 
     assert (await worker.end()).code == 0
     assert worker.out.split() == ["begun", "farewell"]
-    await run.cancel()
-
-
-async def test_a_second_signal_ends_a_worker_at_once_and_its_job_is_not_lost(
-    shell: Shell, gate: Gate
-) -> None:
-    gated = flow("a -> b", a=gate.data)
-    worker = shell.start("worker", "--import", "test_agentflow")
-    run = await gated.run({}, shell.space.executor)
-    await gate.reached("a")
-
-    worker.process.send_signal(signal.SIGTERM)
-    await wait_until(lambda: "stopping" in worker.err)
-    worker.process.send_signal(signal.SIGTERM)
-    await worker.end()
-
-    assert worker.code not in (0, None)
-    shell.space.expire()
-    shell.space.worker()
-    await opened(gate, run, gated)
 
 
 # ── 18. Signals, pipes and terminals ─────────────────────────────────────────────────────────
@@ -5207,7 +4734,7 @@ async def test_a_second_signal_ends_a_worker_at_once_and_its_job_is_not_lost(
 
 
 @pytest.mark.parametrize("count", [1, 2])
-async def test_ctrl_c_ends_a_client_that_waits_but_not_its_run(shell: Shell, count: int) -> None:
+async def test_ctrl_c_ends_a_client_that_waits_but_not_its_run(shell, count):
     waiting = Terminal(shell, "client", "--usecase", "announcement", "--dry-run", "--wait")
     await wait_until(lambda: waiting.shows("no worker is alive"))
 
@@ -5222,9 +4749,7 @@ async def test_ctrl_c_ends_a_client_that_waits_but_not_its_run(shell: Shell, cou
 
 
 @pytest.mark.parametrize("count", [1, 2])
-async def test_ctrl_c_ends_a_local_run_and_its_model_call(
-    shell: Shell, model: Model, count: int
-) -> None:
+async def test_ctrl_c_ends_a_local_run_and_its_model_call(shell, model, count):
     model.script["Write"] = [None]
     local = Terminal(shell, "client", "--usecase", "blog-post", "--local")
     await wait_until(lambda: model.asked)
@@ -5237,9 +4762,7 @@ async def test_ctrl_c_ends_a_local_run_and_its_model_call(
 
 
 @pytest.mark.parametrize("keys, code", [("\x03", 130), ("\x03\x03", 130), ("\x04", 2)])
-async def test_a_question_at_the_terminal_can_be_left(
-    shell: Shell, model: Model, keys: str, code: int
-) -> None:
+async def test_a_question_at_the_terminal_can_be_left(shell, model, keys, code):
     local = Terminal(shell, "client", "--usecase", "announcement", "--local")
     await wait_until(lambda: local.shows("Type approve"))
 
@@ -5248,16 +4771,14 @@ async def test_a_question_at_the_terminal_can_be_left(
     assert await local.end() == code
 
 
-async def test_ctrl_c_lets_a_worker_finish_and_a_second_one_ends_it_at_once(
-    shell: Shell, model: Model
-) -> None:
+async def test_ctrl_c_lets_a_worker_finish_and_a_second_one_ends_it_at_once(shell, model):
     model.script["Write"] = [None]
     idle = Terminal(shell, "worker")
     await wait_until(lambda: idle.shows("jobs at once"))
     idle.press("\x03")
     assert await idle.end() == 0 and "stopping: 0 jobs" in idle.text
     busy = Terminal(shell, "worker")
-    run = await load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
+    run = await GRAPHS["blog-post"].run({}, shell.space.executor)
     await wait_until(lambda: model.asked)
 
     busy.press("\x03")
@@ -5267,16 +4788,13 @@ async def test_ctrl_c_lets_a_worker_finish_and_a_second_one_ends_it_at_once(
 
     assert await busy.end() == 130
     assert [job.split("/")[0] for job in shell.space.lists()] == [run.id]
-    await run.cancel()
-    shell.space.expire()
-    shell.space.worker(lease=0.3)
 
 
 # Pipes.
 
 
-async def test_a_pipe_that_nobody_reads_is_no_crash(shell: Shell) -> None:
-    run = await load(HERE / "graphs")["blog-post"].run({}, shell.space.executor)
+async def test_a_pipe_that_nobody_reads_is_no_crash(shell):
+    run = await GRAPHS["blog-post"].run({}, shell.space.executor)
     commands = [["--usecase", "research", "--draw"], ["--list"], ["--runs"]]
     commands += [["--run", run.id, "--status"]]
     commands = [DRY, [*DRY, "--json"], *(["client", *command] for command in commands)]
@@ -5288,29 +4806,27 @@ async def test_a_pipe_that_nobody_reads_is_no_crash(shell: Shell) -> None:
     for each in typed:
         assert (await each.end()).code in (0, 1)
     assert typed[-1].out.count("\n") == 1
-    await run.cancel()
-    shell.space.worker()
 
 
-async def test_a_full_disk_is_said_in_a_line(shell: Shell) -> None:
+async def test_a_full_disk_is_said_in_a_line(shell):
     typed = await shell.start("client", "--list", where=">/dev/full").end()
 
     assert (typed.code, typed.err.count("\n")) == (1, 1) and "No space left" in typed.err
 
 
 @pytest.mark.parametrize("where", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
-async def test_what_is_closed_is_done_without(shell: Shell, where: str) -> None:
+async def test_what_is_closed_is_done_without(shell, where):
     commands = [DRY, ["client", "--runs"], ["client", "--run", "x", "--status"]]
 
     typed = [shell.start(*command, where=where) for command in commands]
 
-    expected = await in_memory(load(HERE / "graphs")["announcement"], dry_run=True)
+    expected = await in_memory(GRAPHS["announcement"], dry_run=True)
     assert [(await each.end()).code for each in typed] == [0, 0, 2]
     assert typed[0].out == ("" if where[0] == ">" else f"{expected.result}\n")
 
 
 @pytest.mark.parametrize("where", ["2> >(exec <&-)", ">&- 2>&- <&-"])
-async def test_a_worker_whose_log_goes_nowhere_works(shell: Shell, where: str) -> None:
+async def test_a_worker_whose_log_goes_nowhere_works(shell, where):
     worker = shell.start("worker", where=where)
 
     typed = await shell.type(*[part for part in DRY if part != "--local"], "--wait")
@@ -5324,9 +4840,7 @@ async def test_a_worker_whose_log_goes_nowhere_works(shell: Shell, where: str) -
 # Terminals, and places that are none.
 
 
-async def test_without_a_terminal_a_local_question_is_an_error_that_says_what_to_do(
-    shell: Shell,
-) -> None:
+async def test_without_a_terminal_a_local_question_is_an_error_that_says_what_to_do(shell):
     local = [*shell.draw(graph("w", w=WAIT | {"otherwise": "default"})), "--local"]
 
     for where in ("", "<&-", "< <(echo approve)"):
@@ -5336,7 +4850,7 @@ async def test_without_a_terminal_a_local_question_is_an_error_that_says_what_to
         assert "nobody answers here; use Redis, or --dry-run" in typed.err
 
 
-async def test_a_question_is_answered_at_the_terminal(shell: Shell, model: Model) -> None:
+async def test_a_question_is_answered_at_the_terminal(shell, model):
     model.script["Subject"] = ["a draft", "a better draft"]
     model.script["spelling"] = [f"\u20ac{EVIL}"]
     local = Terminal(shell, "client", "--usecase", "announcement", "--local")
@@ -5352,9 +4866,7 @@ async def test_a_question_is_answered_at_the_terminal(shell: Shell, model: Model
     assert not STEERS.search(local.text.replace("\r\n", "\n").replace("\r", "")), local.text
 
 
-async def test_a_result_is_plain_in_a_file_and_escaped_on_a_terminal(
-    shell: Shell, model: Model
-) -> None:
+async def test_a_result_is_plain_in_a_file_and_escaped_on_a_terminal(shell, model):
     given = {"x": "a\tb\nc\x1b[2J\u202e"}
     command = [*shell.draw(graph("a", given, a=TEXT | {"promptTemplate": "{{x}}"})), "--local"]
 
@@ -5378,7 +4890,7 @@ SHOWN = {"C": r"\u20ac \xe9 \udcff", "latin 1": "\\u20ac \udce9 \\udcff"}
 
 
 @pytest.mark.parametrize("name", LOCALES)
-async def test_what_a_locale_cannot_show_is_escaped(shell: Shell, name: str) -> None:
+async def test_what_a_locale_cannot_show_is_escaped(shell, name):
     echo = graph("a", {"x": "\u20ac \xe9 \udcff"}, a=TEXT | {"promptTemplate": "{{x}}"})
     command = shell.draw(echo | {"description": "\u20ac \xe9"})
     options = [["--local"], ["--draw"], ["--local", "--json"]]
@@ -5393,7 +4905,7 @@ async def test_what_a_locale_cannot_show_is_escaped(shell: Shell, name: str) -> 
     assert typed[0].out == SHOWN.get(name, "\u20ac \xe9 \\udcff") + "\n"
 
 
-async def test_nothing_is_coloured_with_or_without_no_color(shell: Shell) -> None:
+async def test_nothing_is_coloured_with_or_without_no_color(shell):
     worker = Terminal(shell, "worker", TERM="xterm-256color")
     shown = []
     for color in ({"NO_COLOR": "1"}, {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"}):
@@ -5415,8 +4927,8 @@ async def test_nothing_is_coloured_with_or_without_no_color(shell: Shell) -> Non
 
 
 async def test_the_acl_user_of_the_readme_lives_a_whole_run_and_no_command_tells_a_secret(
-    guarded: Shell, model: Model
-) -> None:
+    guarded, model
+):
     url, space, key = guarded.environment["REDIS_URL"], guarded.space, guarded.space.key
     dead = "host-1-abcdef"
     space.redis.zadd(key("workers"), {dead: 0})
@@ -5456,7 +4968,7 @@ REFUSED += ["HGET {other}:run:1 status", "ACL LIST", "EVAL return(1) 0", "SAVE"]
 
 
 @pytest.mark.parametrize("command", REFUSED)
-async def test_the_acl_user_of_the_readme_may_do_no_more(guarded: Shell, command: str) -> None:
+async def test_the_acl_user_of_the_readme_may_do_no_more(guarded, command):
     client = redis.Redis.from_url(guarded.environment["REDIS_URL"])
 
     with pytest.raises(exceptions.NoPermissionError):
@@ -5482,9 +4994,7 @@ UNREACHED = {
 
 
 @pytest.mark.parametrize("name", UNREACHED)
-async def test_a_redis_that_is_not_reached_is_named_without_its_password(
-    server: Server, name: str
-) -> None:
+async def test_a_redis_that_is_not_reached_is_named_without_its_password(server, name):
     url = UNREACHED[name].replace("SERVER", server.url.replace("//", "//user:pass-word@"))
 
     with pytest.raises(RunError) as unreached:
@@ -5494,9 +5004,7 @@ async def test_a_redis_that_is_not_reached_is_named_without_its_password(
     assert not SECRETS.search(str(unreached.value)) and "\n" not in str(unreached.value)
 
 
-async def test_no_command_shows_the_password_of_a_redis_that_it_does_not_reach(
-    shell: Shell,
-) -> None:
+async def test_no_command_shows_the_password_of_a_redis_that_it_does_not_reach(shell):
     url = UNREACHED["no number for a port"]
     typed = [shell.start("client", "--runs", "--redis", url), shell.start("worker", REDIS_URL=url)]
     typed += [shell.start("client", "--usecase", "research", REDIS_URL=UNREACHED["nobody there"])]
@@ -5511,9 +5019,7 @@ AWAY += ["http://user:/base-pass@127.0.0.1:1/v1"]
 
 
 @pytest.mark.parametrize("away", AWAY)
-async def test_a_model_that_is_not_reached_is_named_without_its_keys(
-    shell: Shell, away: str
-) -> None:
+async def test_a_model_that_is_not_reached_is_named_without_its_keys(shell, away):
     typed = shell.start("client", "--usecase", "blog-post", "--local", OPENAI_BASE_URL=away)
     worker = shell.start("worker", OPENAI_BASE_URL=away)
     await wait_until(lambda: "retrying" in typed.err and "127.0.0.1:1" in worker.err)
@@ -5532,27 +5038,29 @@ PUBLIC = {
 
 
 @pytest.mark.parametrize("url", PUBLIC)
-def test_a_url_is_shown_without_its_secrets(url: str) -> None:
+def test_a_url_is_shown_without_its_secrets(url):
     assert client.public(url) == PUBLIC[url]
 
 
-async def test_a_rediss_url_speaks_tls_before_it_says_a_password() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as port:
-        url = f"rediss://user:pass-word@127.0.0.1:{port.getsockname()[1]}"
-        hello = asyncio.create_task(asyncio.to_thread(first_bytes, port))
-        executor = RedisExecutor(url)
+async def test_a_rediss_url_speaks_tls_before_it_says_a_password():
+    said = list[bytes]()
 
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said.append(await reader.read(1000))
+        writer.close()
+
+    async with await asyncio.start_server(hear, "127.0.0.1", 0) as there:
+        port = there.sockets[0].getsockname()[1]
         with pytest.raises(exceptions.ConnectionError):
-            await executor.open()
+            await RedisExecutor(f"rediss://user:pass-word@127.0.0.1:{port}").open()
 
-        assert (await hello)[:2] == b"\x16\x03"  # a TLS handshake
-        await executor.link.close()
+    assert said[0][:2] == b"\x16\x03"  # a TLS handshake
 
 
 # Texts that are not what they seem.
 
 
-async def test_what_a_model_answers_is_never_rendered(executor: Any, model: Model) -> None:
+async def test_what_a_model_answers_is_never_rendered(executor, model):
     model.script["Ada"] = ["{{b}} {{ secret }} {0.__class__} ${b} {% b %} %s \\1 \\g<0>"] * 2
     told = {"type": "output", "promptTemplate": "{{a}}|{{b}}|{{a}} {x} ${y} {% z %} %s"}
 
@@ -5567,10 +5075,10 @@ NOT_IN = ["a/__class__", "a/0/__class__", "a/-2", "__builtins__", "a/append", "a
 
 
 @pytest.mark.parametrize("path", NOT_IN)
-async def test_a_path_reads_json_and_no_attribute(executor: Any, path: str) -> None:
+async def test_a_path_reads_json_and_no_attribute(path):
     shown = TEXT | {"promptTemplate": "{{v}}", "inputs": {"v": [path, "a/1"]}}
 
-    end = await same(executor, flow("o", {"a": [{"b": "x"}]}, o=shown))
+    end = await in_memory(flow("o", {"a": [{"b": "x"}]}, o=shown))
 
     assert end.error == 'node "o": {{v}} has no value in the context; give it as an input'
 
@@ -5587,7 +5095,7 @@ ALLOWED = {"agentflow.py": {"globals"}, "client.py": {"getattr"}, "calls.py": {"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_nothing_is_evaluated_unpickled_or_formatted(file: Path) -> None:
+def test_nothing_is_evaluated_unpickled_or_formatted(file):
     tree = ast.parse(file.read_text("utf-8"))
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {call.id for call in calls if isinstance(call, ast.Name)}
@@ -5600,7 +5108,7 @@ def test_nothing_is_evaluated_unpickled_or_formatted(file: Path) -> None:
     assert not imported_by(tree) & MODULES
 
 
-async def test_what_is_in_redis_is_plain_text(space: Space) -> None:
+async def test_what_is_in_redis_is_plain_text(space):
     space.worker()
     run = await family("a -> m", m=MAP, c_x=ITEM).run({"items": [1, "\u20ac"]}, space.executor)
     await end_of(run)
@@ -5634,7 +5142,7 @@ IDS = {
 ACTS = [["--cancel"], ["--answer", "a=1"], ["--resume"], ["--explain"], ["--wait"]]
 
 
-async def test_a_strange_run_id_finds_nothing_and_touches_nothing(shell: Shell) -> None:
+async def test_a_strange_run_id_finds_nothing_and_touches_nothing(shell):
     origin = {"flow": "flow", "graph": "x", "root": "x"}
     inputs = {"origin": origin, "status": RUNNING, "version": "x", "state": "{}"}
     run = await flow("a -> b").run(inputs, shell.space.executor)
@@ -5651,19 +5159,17 @@ async def test_a_strange_run_id_finds_nothing_and_touches_nothing(shell: Shell) 
     for id in IDS.values():
         assert await shell.space.executor.find(id.replace("RUN", run.id)) is None
     assert before == {key: shell.space.redis.dump(key) for key in shell.space.names()}
-    await run.cancel()
-    shell.space.worker()
 
 
-async def test_control_characters_of_a_model_reach_no_terminal(shell: Shell, model: Model) -> None:
+async def test_control_characters_of_a_model_reach_no_terminal(shell, model):
     oops = (500, {}, json.dumps({"error": {"message": EVIL}}))
     model.script |= {"Ada": [EVIL] * 2, "Bob": [oops] * 2, "Which": [EVIL] * 4, "Eve": [EVIL] * 2}
-    once, twice = {"config": {"retries": 0}}, {"config": {"retries": 1}}
+    twice = {"config": {"retries": 1}}
     evil = graph(
         "a -> w; w -go-> z; b e r -error-> x; r -left-> z; r -right-> z",
         a=ASK,
         b=ASK | {"promptTemplate": "Greet Bob."} | twice,
-        r=ROUTE | once,
+        r=ROUTE | ONCE,
         e=ASK | {"promptTemplate": "Greet Eve.", "parse": "json"} | twice,
         w=WAIT | {"question": "Is {{a}} good?", "inputs": {"a": "a"}, "otherwise": "go"},
         z=TEXT | {"outputKey": "z"},
@@ -5685,7 +5191,7 @@ async def test_control_characters_of_a_model_reach_no_terminal(shell: Shell, mod
     assert r"\x1b[2J" in waiting.err and r"\x1b[2J" in typed[0].out
 
 
-async def test_a_record_in_the_log_is_one_line(shell: Shell) -> None:
+async def test_a_record_in_the_log_is_one_line(shell):
     (shell.folder / "forger.py").write_text(
         f"import logging\nlogging.getLogger('agentflow').error('%s', {EVIL!r})\n"
         f"raise RuntimeError({EVIL!r})\n"
@@ -5698,36 +5204,29 @@ async def test_a_record_in_the_log_is_one_line(shell: Shell) -> None:
     assert all(re.match(r"\d\d:\d\d:\d\d .*\\n09:00 forged", line) for line in lines), lines
 
 
-# Sizes. Steps and depth are in section 10, the nodes and edges of a graph in section 11.
+# Sizes. Steps, depth and answers are in section 10, the nodes and edges of a graph in section 11.
 
 HUGE = "x" * agentflow.MAX_VALUE
 
 
-async def test_a_value_of_more_than_1_mib_is_refused_wherever_it_comes_from(
-    space: Space, model: Model, gate: Gate
-) -> None:
+async def test_a_value_of_more_than_1_mib_is_refused_wherever_it_comes_from(space, model, gate):
     model.script["Ada"] = [(200, {}, HUGE + "x")]
     broken = flow("b", b=gate.broken)
     space.worker()
-    asks = await flow("w; w -approve-> b", {"a": 1}, w=WAIT).run({}, space.executor)
     failed = await broken.run({}, space.executor)
     await end_of(failed)
-    await question_of(asks)
 
     with pytest.raises(RunError, match=f"input: the value of 'x' {MIB}"):
         await broken.run({"x": HUGE}, space.executor)
     with pytest.raises((RunError, ValueError), match=MIB):
         await failed.resume({"x": HUGE})
-    with pytest.raises((RunError, ValueError), match="the answer has 1,048,57"):
-        await asks.answer("w", HUGE)
     post = await end_of(await flow("a", a=post_to(model)).run({}, space.executor))
 
-    assert await is_status(failed, FAILED) and await is_status(asks, RUNNING)
+    assert await is_status(failed, FAILED)
     assert post.error.endswith("127.0.0.1 answers with more than 1 MiB")
-    await asks.cancel()
 
 
-async def test_an_input_of_more_than_1_mib_is_refused_at_the_command_line(shell: Shell) -> None:
+async def test_an_input_of_more_than_1_mib_is_refused_at_the_command_line(shell):
     (shell.folder / "huge.txt").write_text(HUGE)
     given = ["--usecase", "research", "--input", "question=@huge.txt"]
 
@@ -5740,7 +5239,7 @@ async def test_an_input_of_more_than_1_mib_is_refused_at_the_command_line(shell:
 # ── 20. Pure things and documents ────────────────────────────────────────────────────────────
 
 
-def test_a_context_gives_copies_and_keeps_what_was_written() -> None:
+def test_a_context_gives_copies_and_keeps_what_was_written():
     ctx = Context({"list": "[1]", "deep": '{"a":[{"b":2}]}'})
 
     ctx["list"].append(2)
@@ -5754,7 +5253,7 @@ def test_a_context_gives_copies_and_keeps_what_was_written() -> None:
             ctx[path]
 
 
-def test_a_graph_is_what_its_json_says_and_a_copy() -> None:
+def test_a_graph_is_what_its_json_says_and_a_copy():
     data: dict[str, Any] = {"tokens": {1: ("one",)}}
     registry = Registry({"flow": {"nodes": [{"id": "a", "type": "spender", "data": data}]}})
     node = registry["flow"].nodes["a"]
@@ -5767,56 +5266,51 @@ def test_a_graph_is_what_its_json_says_and_a_copy() -> None:
             Registry(registry.graphs)["flow"]
 
 
-def test_without_a_checker_too_a_flow_has_nodes_and_their_ids_can_be_parts_of_jobs() -> None:
+def test_without_a_checker_too_a_flow_has_nodes_and_their_ids_can_be_parts_of_jobs():
     for ids in ([], ["a", "b/c"], ["\ud800"]):
         with pytest.raises(GraphError, match='flow "bad" needs nodes, with ids of'):
             agentflow.Flow("bad", pures(*ids), Registry({}))
 
 
-def test_what_a_run_gives_does_not_depend_on_the_order_in_which_it_was_written() -> None:
+def test_what_a_run_gives_does_not_depend_on_the_order_in_which_it_was_written():
     assert result_of({"b": "1", "a": "2"}) == '{"a":2,"b":1}'
 
 
-PASSING = ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT"]
-PASSING += ["OOM", "READONLY", "TRYAGAIN", "UNBLOCKED"]
-
-TRANSIENT = dict.fromkeys([f"{code} what Redis says" for code in PASSING], True)
-TRANSIENT |= dict.fromkeys(["ASK 7429 127.0.0.1:1", "MOVED 7429 127.0.0.1:1"], True)
-TRANSIENT["ERR max number of clients + cluster connections reached"] = True
-
-TRANSIENT |= dict.fromkeys(
-    [
-        "ERR unknown command 'BLMOVE'",
-        "ERR not BUSY at all",
-        "NOAUTH Authentication required.",
-        "NOPERM this user has no permissions to run the 'eval' command",
-        "WRONGPASS invalid username-password pair or user is disabled.",
-        "WRONGTYPE Operation against a key holding the wrong kind of value",
-    ],
-    False,
-)
+CODES = ["BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT"]
+CODES += ["OOM", "READONLY", "TRYAGAIN", "UNBLOCKED"]
+PASSES = [f"{code} what Redis says" for code in CODES]
+PASSES += ["ASK 7429 127.0.0.1:1", "MOVED 7429 127.0.0.1:1"]
+PASSES += ["ERR max number of clients + cluster connections reached"]
+STAYS = [
+    "ERR unknown command 'BLMOVE'",
+    "ERR not BUSY at all",
+    "NOAUTH Authentication required.",
+    "NOPERM this user has no permissions to run the 'eval' command",
+    "WRONGPASS invalid username-password pair or user is disabled.",
+    "WRONGTYPE Operation against a key holding the wrong kind of value",
+]
 
 
-@pytest.mark.parametrize("text", TRANSIENT)
-def test_only_what_may_pass_is_sent_again(server: Server, text: str) -> None:
+@pytest.mark.parametrize("text", PASSES + STAYS)
+def test_only_what_may_pass_is_sent_again(server, text):
     with pytest.raises(exceptions.RedisError) as refused:
         server.client.eval("return redis.error_reply(ARGV[1])", 0, text)
 
-    assert agentflow.transient(refused.value) is TRANSIENT[text]
+    assert agentflow.transient(refused.value) == (text in PASSES)
 
 
-async def test_a_result_is_waited_for_again_if_its_run_was_resumed_meanwhile() -> None:
+async def test_a_result_is_waited_for_again_if_its_run_was_resumed_meanwhile():
     run, phases = Ended(), [COMPLETED, RUNNING, RUNNING]
 
     async def status() -> Status:
         return Status.of(run, "flow", phases.pop(), {}, error="", usage={}, tokens={})
 
-    run.status = status  # type: ignore[method-assign]
+    run.status = status
 
     assert await run.result() == {} and not phases
 
 
-def test_an_outage_may_pass_and_a_bug_may_not() -> None:
+def test_an_outage_may_pass_and_a_bug_may_not():
     passing = [exceptions.ConnectionError(), exceptions.TimeoutError(), ConnectionResetError()]
     for error in (*passing, exceptions.InvalidResponse("HTTP/1.1 503")):
         assert agentflow.transient(error)
@@ -5824,11 +5318,11 @@ def test_an_outage_may_pass_and_a_bug_may_not() -> None:
         assert not agentflow.transient(error)
 
 
-def test_a_new_worker_connects_to_nothing() -> None:
+def test_a_new_worker_connects_to_nothing():
     Worker("redis://192.0.2.1:1"), RedisExecutor("redis://192.0.2.1:1")
 
 
-def test_importing_the_engine_imports_redis_and_the_standard_library_only() -> None:
+def test_importing_the_engine_imports_redis_and_the_standard_library_only():
     loaded = {name.partition(".")[0] for name in modules_after("agentflow")}
     names = imported_by(ast.parse(SOURCE))
 
@@ -5836,23 +5330,23 @@ def test_importing_the_engine_imports_redis_and_the_standard_library_only() -> N
     assert "agentflow" in loaded and not loaded & {"openai", "dotenv", "graphs"}
 
 
-def test_importing_the_nodes_does_not_import_openai() -> None:
+def test_importing_the_nodes_does_not_import_openai():
     assert "openai" not in modules_after("graphs.nodes")
 
 
-def test_the_engine_sends_no_command_that_reads_or_ends_all_keys() -> None:
+def test_the_engine_sends_no_command_that_reads_or_ends_all_keys():
     assert not re.findall(
         r"""['"](KEYS|\w?SCAN|FLUSH\w+)['"]|\.(keys|\w*scan\w*|flush\w+)\(['"]""", SOURCE
     )
     assert not re.findall(r"(?i)\.(scan(_iter)?|flushall|flushdb)\b", SOURCE)
 
 
-def test_no_script_makes_a_keys_name_or_reads_the_context_as_json() -> None:
+def test_no_script_makes_a_keys_name_or_reads_the_context_as_json():
     for script in agentflow.SCRIPTS:
         assert "{agentflow}" not in script.text and "context = cjson" not in script.text
 
 
-def test_each_scripts_header_names_its_keys_and_arguments() -> None:
+def test_each_scripts_header_names_its_keys_and_arguments():
     shared = agentflow.SHARED
     helpers = dict(re.findall(r"^local function (\w+)\((.*?)^end", shared, re.S | re.M))
     names = re.findall(r"\w+", re.findall(r"local (run, [^=]*) = unpack\(KEYS\)", shared)[0])
@@ -5872,14 +5366,14 @@ def test_each_scripts_header_names_its_keys_and_arguments() -> None:
     assert len(scripts) == len(agentflow.SCRIPTS)
 
 
-def test_each_seeded_bug_finds_its_place_in_the_engine_and_its_test() -> None:
+def test_each_seeded_bug_finds_its_place_in_the_engine_and_its_test():
     for name, find, put, test in runpy.run_path(f"{HERE}/.ci/mutants")["MUTANTS"]:
         assert SOURCE.count(find) == 1 and put != find, name
         assert test in globals(), test
 
 
 @pytest.mark.parametrize("module", [agentflow, graphs.nodes], ids=lambda module: module.__name__)
-def test_the_examples_in_a_docstring_are_true(module: Any) -> None:
+def test_the_examples_in_a_docstring_are_true(module):
     kept = dict(Registry.types)
 
     failures, count = doctest.testmod(module)
@@ -5892,20 +5386,20 @@ def test_the_examples_in_a_docstring_are_true(module: Any) -> None:
 # How long, and whether it is true what the README says.
 
 
-def test_the_readme_says_how_long_the_engine_is() -> None:
+def test_the_readme_says_how_long_the_engine_is():
     [lines] = re.findall(r"`agentflow.py` \(([\d,]+) lines\)", README)
 
     assert int(lines.replace(",", "")) == len(SOURCE.splitlines())
 
 
-def test_no_function_of_the_engine_is_long() -> None:
+def test_no_function_of_the_engine_is_long():
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, kinds)]
 
     assert [node.name for node in functions if node.end_lineno - node.lineno >= 40] == []
 
 
-def test_each_public_name_of_the_engine_says_what_it_promises() -> None:
+def test_each_public_name_of_the_engine_says_what_it_promises():
     kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     tree = ast.parse(SOURCE)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -5916,7 +5410,7 @@ def test_each_public_name_of_the_engine_says_what_it_promises() -> None:
 
 
 @pytest.mark.parametrize("name", ["agentflow.py", "test_agentflow.py", ".ci/prove.py"])
-def test_a_file_has_the_sections_that_it_lists(name: str) -> None:
+def test_a_file_has_the_sections_that_it_lists(name):
     text = (HERE / name).read_text("utf-8")
     sections = re.findall(r"^# ── (\d+)\. (.+?) ─", text, re.M)
 
@@ -5930,22 +5424,22 @@ BUDGETS = {"client.py": 300, "worker.py": 80, "graphs/nodes.py": 350}
 
 
 @pytest.mark.parametrize("name, most", BUDGETS.items())
-def test_what_is_read_first_is_short(name: str, most: int) -> None:
+def test_what_is_read_first_is_short(name, most):
     assert len((HERE / name).read_text("utf-8").splitlines()) <= most
 
 
-def test_the_readme_is_read_in_ten_minutes() -> None:
+def test_the_readme_is_read_in_ten_minutes():
     assert len([word for word in README.split() if re.search(r"\w", word)]) <= 1500
 
 
-def test_the_readmes_example_prints_what_it_says() -> None:
+def test_the_readmes_example_prints_what_it_says():
     [code] = re.findall(r"```python\n(.*?)```\n\nIt prints `", README, re.S)
     [told] = re.findall(r"\nIt prints `(.*?)`", README)
 
     assert printed(code).strip() == told
 
 
-def test_the_readme_names_the_keys_that_the_engine_names() -> None:
+def test_the_readme_names_the_keys_that_the_engine_names():
     readme = re.findall(r"^\| `(\S+)` \| ([\w ]+) \| (.*) \|$", README, re.M)
     types = "list|hash|string|stream|sorted set"
     engine = re.findall(rf"^#   (\S+) +({types}) +(\S.*)$", SOURCE, re.M)
@@ -5954,7 +5448,7 @@ def test_the_readme_names_the_keys_that_the_engine_names() -> None:
     assert readme == engine
 
 
-def test_the_readme_names_tests_that_exist() -> None:
+def test_the_readme_names_tests_that_exist():
     named = re.findall(r"`(test_[a-z_0-9]+)`", README)
     source = Path(__file__).read_text("utf-8")
 
@@ -5962,7 +5456,7 @@ def test_the_readme_names_tests_that_exist() -> None:
     assert [name for name in named if f"def {name}(" not in source] == []
 
 
-def test_the_readme_lists_the_fields_of_the_node_types() -> None:
+def test_the_readme_lists_the_fields_of_the_node_types():
     lines = dict(re.findall(r"^\| `([\w-]+)` \| (`\w+`.*?) \|", README, re.M))
 
     for name, text in lines.items():
@@ -5976,21 +5470,21 @@ def test_the_readme_lists_the_fields_of_the_node_types() -> None:
 # Small doses of what `.ci/soak` does for hours.
 
 
-def test_the_rule_never_sticks_and_does_not_depend_on_time() -> None:
+def test_the_rule_never_sticks_and_does_not_depend_on_time():
     figures, wrong = prove.many(prove.rule, range(2000))
 
     assert not wrong
     assert figures["accepted"] > 1500
 
 
-def test_random_flows_do_the_same_in_memory_and_on_redis() -> None:
+def test_random_flows_do_the_same_in_memory_and_on_redis():
     figures, wrong = prove.differential(range(200))
 
     assert not wrong
     assert figures["graphs"] > 150
 
 
-def test_any_order_of_commands_and_faults_gives_the_same() -> None:
+def test_any_order_of_commands_and_faults_gives_the_same():
     figures, wrong = prove.gate(range(500))
 
     assert not wrong
@@ -5998,7 +5492,7 @@ def test_any_order_of_commands_and_faults_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", faults.DOSES)
-def test_runs_survive(name: str) -> None:
+def test_runs_survive(name):
     faults.prove(name, **faults.DOSES[name])
 
 
