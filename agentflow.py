@@ -1329,8 +1329,7 @@ class RedisRun(Run):
         self.keys = [*executor.keys(id), f"{root}:events", root, key("graph", origin.graph)]
         self.keys += [parent, f"{parent}:parked", key("runs"), f"{root}:events:copy"]
         self.turn = asyncio.Lock()  # of a worker's commits
-        self.fields, self.context = dict[str, str](), dict[str, str]()
-        self.version, self.phase, self.state = "", "", State({}, {})
+        self.update({}, {})
 
     def change(self, script: Script, values: dict[str, str] = {}, **a: Any) -> asyncio.Future[Any]:
         """Have a script change the run; its `version` is a new id, also of the command."""
