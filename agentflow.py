@@ -775,17 +775,17 @@ class MemoryRun(Run):
         while True:
             ctx = Context(self.context, job, visit, self.dry_run, self.depth, results, failure)
             async with self.slots:
-                running = self.phase == RUNNING  # a failed run begins nothing more
-                outcome = await execute(node, ctx, self._record) if running else None
+                if self.phase != RUNNING:  # a failed run begins nothing more
+                    return None
+                outcome = await execute(node, ctx, self._record)
             if not isinstance(outcome, Park):
                 return outcome
-            if self.phase != RUNNING:
-                return None
-            self._record("parked", node=name, question=outcome.question)
-            try:
-                results = await self._wait_for(job, name, outcome)
-            except RunError as error:
-                failure = str(error)
+            if self.phase == RUNNING:
+                self._record("parked", node=name, question=outcome.question)
+                try:
+                    results = await self._wait_for(job, name, outcome)
+                except RunError as error:
+                    failure = str(error)
 
     async def _wait_for(self, job: str, node: str, park: Park) -> list[Any]:
         if park.question:
