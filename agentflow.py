@@ -1075,9 +1075,9 @@ end
 return status
 """)
 
-# RELEASE takes a job from a worker's list (I2). If its run is running, the job is next in `ready`
-# or, with the `count` of what it waits for, parked until it may go on. If its run has failed, it is
-# parked; if it is done or its run cancelled, dropped. `dead`: all this only while the worker's
+# RELEASE takes a job from a worker's list (I2); a `count` says for how much it is to wait. If its
+# run is running, the job is next in `ready` or, while it waits, parked. If its run has failed, it
+# is parked; if it is done or its run cancelled, dropped. `dead`: all this only while the worker's
 # heartbeat is missing. `crashed` adds 1 to the job's crashes; but from the second on a job is only
 # run alone, so if the list had others `beside` it, it waited, and one of these was to blame.
 #   KEYS  .. heartbeat, or .. root for a job that waits
@@ -1091,7 +1091,6 @@ if status == 'running' and a.count and a.count < tonumber(count or 0) and tonumb
   return -1
 end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
-local aside = status == 'failed'
 local crashes = tonumber(call('HGET', run, 'crashes ' .. a.job) or 0)
 if status and a.crashed and not (a.beside and crashes > 1) then
   call('HSET', run, 'crashes ' .. a.job, crashes + 1)
@@ -1100,8 +1099,8 @@ if status == 'running' and a.count then
   expect(parked, a.job)
   call('HSET', run, 'version', a.version)
   record(a.event)
-  aside = waits(a.job)
 end
+local aside = status == 'failed' or status == 'running' and waits(a.job)
 if aside then park({a.job}) elseif status == 'running' then call('RPUSH', ready, a.job) end
 return 1
 """)
