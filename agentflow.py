@@ -874,10 +874,11 @@ class Origin:
     gives: list[str] | None = None
 
 
-# What scripts share. KEYS have this order; `.. mine` above a script: up to `mine` at least. (TAKE
-# and BEAT, about no run, have their own.) ARGV: a JSON object, `a`; what is listed after a comma is
-# given in some cases only. Then context keys and values as text, since Lua would make {} of [] and
-# round integers. A state is a text in `a`: only Python makes one.
+# What scripts share. KEYS have this order: all, but to READ, and to RELEASE of a job that is not to
+# wait, only those up to `heartbeat`; TAKE and BEAT, about no run, have their own. ARGV: a JSON
+# object, `a`; what is listed after a comma is given in some cases only. Then context keys and values
+# as text, since Lua would make {} of [] and round integers. A state is a text in `a`: only Python
+# makes one.
 RUN, PARKED, EVENTS = 0, 2, 6  # where in a run's keys these are
 SHARED = """
 local run, context, parked, ready, mine, heartbeat, events, root, graph, parents_run,
@@ -966,7 +967,6 @@ class Script:
 
 # START makes a run and queues its start nodes: once; a child only while its parent is running, with
 # the job active and not yet told of this child (I1). The first START settles how many there are.
-#   KEYS  .. runs
 #   a     run version origin state jobs event parent, text or, of a child, index count
 START = Script("""
 if call('EXISTS', run) == 1 then return end
@@ -1005,7 +1005,6 @@ return jobs
 
 # READ gives a run as it is at one instant: fields, context, what one job was told, and that job's
 # place in the worker's list: none if a reaper has taken it before BLMOVE's reply came.
-#   KEYS  .. mine
 #   a     job
 READ = Script("""
 local told = {}
@@ -1021,7 +1020,6 @@ return {call('HGETALL', run), call('HGETALL', context), told, call('LPOS', mine,
 # changed and, deciding anew, its token gone. The version changes with status or state, and when a
 # job of a running run is parked; it is random, as a Redis that lost a second would repeat a number.
 # A failed run keeps what others still finish; what follows waits for a resume.
-#   KEYS  .. copy
 #   a     seen version jobs state usage done keep queue, status error event parent index told
 #   gives nothing, or the fields and the context that stand there instead
 COMMIT = Script("""
@@ -1053,7 +1051,6 @@ end
 # failed only by a worker that has the job in custody, and while the job's token is there: neither
 # may a worker that was taken for dead fail what another now runs, nor what is done (I1). A resume
 # counts the job's crashes anew, and asks its question again: the answer may be what it failed of.
-#   KEYS  .. parents_parked
 #   a     job version status error event parent index told
 #   gives the status that it found, 'running' to a repeat, or nothing without custody
 END = Script("""
@@ -1080,7 +1077,6 @@ return status
 # is parked; if it is done or its run cancelled, dropped. `dead`: all this only while the worker's
 # heartbeat is missing. `crashed` adds 1 to the job's crashes; but from the second on a job is only
 # run alone, so if the list had others `beside` it, it waited, and one of these was to blame.
-#   KEYS  .. heartbeat, or .. root for a job that waits
 #   a     job dead crashed beside, version count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
 RELEASE = Script("""
@@ -1117,7 +1113,6 @@ call('ZADD', KEYS[2], call('TIME')[1], a.worker)
 # RESUME lets a failed run go on, if its version is still the one that was read: its parked jobs are
 # queued, but for those that still wait for an end or an answer. A child takes back what it told its
 # parent, which then waits for it again.
-#   KEYS  .. parents_parked
 #   a     seen version state jobs event parent index
 #   gives 1 if it did
 RESUME = Script("""
@@ -1139,7 +1134,6 @@ return 1
 """)
 
 # ANSWER gives a person's answer to the job that asked.
-#   KEYS  .. root
 #   a     job version told event
 #   gives 1 if it was the first answer to a question
 ANSWER = Script("""
