@@ -1589,7 +1589,10 @@ class Worker:
                     held.outcome = outcome
                     await self._commit(job, run, node.flow)
             except RunError as error:
-                await self._fail(job, run, str(error))
+                log.warning("failed %s", job)
+                self._forget(job)
+                if not await run.change(END, job=job, **run.ending(FAILED, str(error))):
+                    self.counts["refused"] += 1
         except Exception:  # charged, so that it does not come again for ever
             log.exception("giving back %s, as if we had crashed", job)
             await asyncio.sleep(1)  # lest it come again at once
@@ -1716,12 +1719,6 @@ class Worker:
         if await run.change(RELEASE, job=job, **a) < 0:
             why = f"its prep now gives {count}, and not all that it gave at first were started"
             raise RunError(f'node "{node.id}": children are missing: {why}')
-
-    async def _fail(self, job: str, run: RedisRun, text: str) -> None:
-        log.warning("failed %s", job)
-        self._forget(job)
-        if not await run.change(END, job=job, **run.ending(FAILED, text)):
-            self.counts["refused"] += 1
 
     def _give_back(self, job: str, crashed: bool = False) -> asyncio.Future[Any]:
         """Put a job back, or drop it if nothing is left to do. It is charged with a crash also if
