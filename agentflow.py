@@ -876,9 +876,9 @@ class Origin:
 
 # What scripts share. KEYS have this order: all, but to READ, and to RELEASE of a job that is not to
 # wait, only those up to `heartbeat`; TAKE and BEAT, about no run, have their own. ARGV: a JSON
-# object, `a`; what is listed after a comma is given in some cases only. Then context keys and values
-# as text, since Lua would make {} of [] and round integers. A state is a text in `a`: only Python
-# makes one.
+# object, `a`; what is listed after a comma is given in some cases only. Then context keys and
+# values as text, since Lua would make {} of [] and round integers. A state is a text in `a`: only
+# Python makes one.
 RUN, PARKED, EVENTS = 0, 2, 6  # where in a run's keys these are
 SHARED = """
 local run, context, parked, ready, mine, heartbeat, events, root, graph, parents_run,

@@ -2610,6 +2610,20 @@ async def test_a_worker_may_die_between_starting_a_child_and_parking(space, gate
     assert len(gate.begun("x")) == 2  # here and in memory
 
 
+async def test_a_job_that_only_has_to_wait_is_parked_by_whoever_gives_it_back(space):
+    parent = family("s -> b", s=SUB)
+    run = await parent.run({}, space.executor)
+    hand = Hand(space, parent, run, alive=100)
+    job = hand.take("s")
+    await hand.start_child(job)
+
+    await hand.view.change(RELEASE, job=job)
+
+    assert job not in space.lists() and space.redis.hexists(run.keys[PARKED], f"{job} is parked")
+    space.worker()
+    assert (await end_of(run)).meaning == (await in_memory(parent)).meaning
+
+
 async def test_a_map_that_was_begun_with_more_children_does_not_wait_for_them(space):
     mapped = family("m -> b", m=MAP, c_x=ITEM)
     run = await mapped.run({"items": [1]}, space.executor)
