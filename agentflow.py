@@ -1017,9 +1017,9 @@ return {call('HGETALL', run), call('HGETALL', context), told, call('LPOS', mine,
 # COMMIT is the only way in which a run moves: it records what came of one or more of its jobs, if
 # the run's version is still the one that the decision was made from, else nothing (I1). It asks for
 # no custody: of two workers that did one job the first to commit wins; the other finds the version
-# changed and, deciding anew, its token gone. The version changes with status or state, and when a
-# job of a running run is parked; it is random, as a Redis that lost a second would repeat a number.
-# A failed run keeps what others still finish; what follows waits for a resume.
+# changed and, deciding anew, its token gone. The version changes with status or state; it is
+# random, as a Redis that lost a second would repeat a number. A failed run keeps what others still
+# finish; what follows waits for a resume.
 #   a     seen version jobs state usage done keep queue, status error event parent index told
 #   gives nothing, or the fields and the context that stand there instead
 COMMIT = Script("""
@@ -1077,7 +1077,7 @@ return status
 # is parked; if it is done or its run cancelled, dropped. `dead`: all this only while the worker's
 # heartbeat is missing. `crashed` adds 1 to the job's crashes; but from the second on a job is only
 # run alone, so if the list had others `beside` it, it waited, and one of these was to blame.
-#   a     job dead crashed beside, version count question event
+#   a     job dead crashed beside, count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
 RELEASE = Script("""
 if a.dead and call('EXISTS', heartbeat) == 1 then return 0 end
@@ -1093,7 +1093,6 @@ if status and a.crashed and not (a.beside and crashes > 1) then
 end
 if status == 'running' and a.count then
   expect(parked, a.job)
-  call('HSET', run, 'version', a.version)
   record(a.event)
 end
 local aside = status == 'failed' or status == 'running' and waits(a.job)
@@ -1104,10 +1103,12 @@ return 1
 # BEAT keeps a worker alive, also at maxmemory: PEXPIRE works there, where SET alone would not.
 #   KEYS  heartbeat, workers
 #   a     worker lease doing
+#   gives 0 if its heartbeat had expired
 BEAT = Script("""
-call('PEXPIRE', KEYS[1], a.lease)
+local lived = call('PEXPIRE', KEYS[1], a.lease)
 call('SET', KEYS[1], a.doing, 'PX', a.lease)
 call('ZADD', KEYS[2], call('TIME')[1], a.worker)
+return lived
 """)
 
 # RESUME lets a failed run go on, if its version is still the one that was read: its parked jobs are
@@ -1213,6 +1214,7 @@ class Link:
                 replies = await self._exchange([command for command, _ in batch], 3 + 10 * delay)
             except Exception as error:
                 replies, wait = [error] * len(batch), min(1.0, 2 * delay or 0.05)
+                self.settled_at = time.monotonic() + 10  # others may yet wait so long
             again = []
             for (command, future), reply in zip(batch, replies, strict=True):
                 if future.cancelled():
@@ -1232,7 +1234,7 @@ class Link:
                 await asyncio.sleep(delay)
             elif delay:
                 log.warning("redis answers again")
-                delay, self.settled_at = 0.0, time.monotonic() + 10  # others may yet wait so long
+                delay = 0.0
 
     async def _exchange(self, commands: list[tuple[Any, ...]], patience: float) -> list[Any]:
         """The replies, a refused command's error among them. TimeoutError if none comes for about
@@ -1290,8 +1292,7 @@ class RedisExecutor:
 
     async def open(self) -> None:
         """Find out at once whether Redis is there, writable and 6.2 or newer: RedisError if not."""
-        probe = self.key("ready", "probe")
-        await self.link.client.lmove(probe, probe, "RIGHT", "LEFT")
+        await self.link.client.getdel(self.key("probe"))  # which a full Redis does not refuse
 
     async def run(self, flow: Flow, inputs: Mapping[str, Any], dry_run: bool = False) -> RedisRun:
         """Queue the start nodes of a new run. RunError where an input is missing or not JSON."""
@@ -1698,7 +1699,7 @@ class Worker:
         a: dict[str, Any] = {"seen": run.version, "version": version, "jobs": [*ended]}
         a |= {"state": encode(state._asdict()), "usage": usage, "done": done, "values": changes}
         if not state.tokens:
-            result = result_of(run.context | changes, run.origin.gives)
+            result = run.origin.parent and result_of(run.context | changes, run.origin.gives)
             a |= run.ending(COMPLETED, result=result)
         return ended, state, ready, a
 
@@ -1710,7 +1711,7 @@ class Worker:
             theirs = replace(origin, flow=child.flow, index=i, gives=child.gives)
             started = RedisRun(self.executor, child_id(job, i), theirs)
             starts.append(started.start(node.flow.registry[child.flow], child.context, count=count))
-            if i % 100 == 99:  # few at a time, for others want to be served, too
+            if i % 10 == 9:  # few at a time, for others want to be served, too
                 await starts[-1]
         await asyncio.gather(*starts)
         event = run.event("parked", node=node.id, question=park.question)
@@ -1755,8 +1756,9 @@ class Worker:
         now = time.monotonic()
         doing = encode({job: round(now - held.since, 1) for job, held in self.held.items()})
         keys = [self.key("worker", self.id), self.key("workers")]
-        lease = int(self.lease * 1000)
-        await self.send(*BEAT.on(keys, worker=self.id, lease=lease, doing=doing))
+        lease, link = int(self.lease * 1000), self.executor.link
+        if not await self.send(*BEAT.on(keys, worker=self.id, lease=lease, doing=doing)):
+            link.settled_at = max(link.settled_at, time.monotonic())  # others' have expired, too
 
     async def _audit(self) -> None:
         """Compare what this worker holds with its list, and let go of what is in only one of them

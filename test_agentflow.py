@@ -62,7 +62,7 @@ import graphs.check
 import graphs.nodes
 import prove
 from agentflow import CANCELLED, COMMIT, COMPLETED, END, EVENTS, FAILED, PARKED
-from agentflow import READ, RELEASE, RESUME, RUNNING
+from agentflow import READ, RELEASE, RESUME, RUNNING, START
 from agentflow import Child, Context, GraphError, InMemoryExecutor, Node, Outcome, Park, Permanent
 from agentflow import RedisExecutor, RedisRun, Registry, Run, RunError, Status, TryLater
 from agentflow import Worker, child_id, event_of, execute, failure_of, new_id, result_of
@@ -968,12 +968,12 @@ class Watched(dict[Any, Any]):
         return super().__len__()
 
 
-def exchanges(link: agentflow.Link) -> list[int]:
-    """Of each exchange that a link makes from now on: of how many commands it was."""
-    found, real = list[int](), link._exchange
+def exchanges(link: agentflow.Link) -> list[list[Any]]:
+    """The commands of each exchange that a link makes from now on."""
+    found, real = list[list[Any]](), link._exchange
 
     async def exchange(commands: list[Any], patience: float) -> list[Any]:
-        found.append(len(commands))
+        found.append(commands)
         return await real(commands, patience)
 
     link._exchange = exchange
@@ -2704,6 +2704,7 @@ async def test_however_many_workers_are_dead_a_living_one_beats_in_time(space):
         space.deliver(f"host-{number}-abcdef")
         space.redis.zadd(space.key("workers"), {f"host-{number}-abcdef": time.time()})
     worker = space.still(beat=0.2)
+    await worker._beat()
     worker.executor.link.settled_at -= 10
     found = exchanges(worker.executor.link)
 
@@ -2836,7 +2837,7 @@ async def test_jobs_that_are_lost_together_are_charged_until_they_have_crashed_t
     a, b = hand.take("a"), hand.take("b")
     space.redis.hset(run.keys[0], f"crashes {b}", 1)
 
-    space.worker(lease=0.1)
+    space.worker(lease=0.3)
     await committed_once(space, run, both)
 
     assert [space.redis.hget(run.keys[0], f"crashes {job}") for job in (a, b)] == ["1", "2"]
@@ -3406,6 +3407,20 @@ async def test_nobody_is_reaped_right_after_an_outage(space):
     assert space.lists() == [job] and worker.counts["reaped"] == 1
 
 
+async def test_nobody_is_reaped_when_all_heartbeats_have_expired_at_once(space):
+    chain = flow("a -> b")
+    hand = Hand(space, chain, await chain.run({}, space.executor), alive=60)
+    job, worker = hand.take("a"), space.still(lease=1)
+    await worker._beat()
+    worker.executor.link.settled_at -= 2
+
+    space.expire()  # as when Redis' machine wakes, or its clock is set forward
+    await worker._beat()
+    await worker._reap()
+
+    assert space.lists() == [job] and worker.counts["reaped"] == 0
+
+
 async def test_a_worker_waits_for_a_redis_that_lets_it_take_nothing_for_now(own, caplog):
     worker = own.worker(beat=3)  # so that it is a take that is refused first
     await wait_until(lambda: own.redis.zcard(own.key("workers")))
@@ -3445,6 +3460,7 @@ async def test_a_redis_that_is_full_still_takes_commits_cancels_and_heartbeats(o
 
     own.redis.config_set("maxmemory", 1)
     committed = await asyncio.wait_for(hand.commit(decision), 5)
+    await own.executor.open()  # as the command line does first
     await asyncio.wait_for(other.cancel(), 5)
     await asyncio.wait_for(worker._beat(), 5)
     own.redis.config_set("maxmemory", 0)
@@ -3527,7 +3543,7 @@ async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_on
     send = own.executor.send
     own.redis.config_set("maxmemory", 1)  # it is full
 
-    refused, begun = send("SET", "a", "1"), time.monotonic()
+    refused, begun, settled = send("SET", "a", "1"), time.monotonic(), own.executor.link.settled_at
     replies = [await send("GET", "a") for _ in range(10)]
     took = time.monotonic() - begun
     own.redis.config_set("maxmemory", 0)
@@ -3536,6 +3552,7 @@ async def test_what_redis_refuses_for_now_holds_up_nothing_else_and_is_logged_on
     assert await asyncio.wait_for(refused, 5) == "OK"
     await wait_until(lambda: "redis answers again" in caplog.text)
     assert caplog.text.count("redis does not answer") == 1
+    assert own.executor.link.settled_at == settled  # others need no time to come back
 
 
 async def test_what_nobody_waits_for_any_more_ends_no_outage(caplog):
@@ -3801,6 +3818,25 @@ async def test_what_is_recorded_of_a_run_that_is_gone_leaves_nothing(space):
     run.record("retrying", node="a")
 
     assert not await space.executor.send("EXISTS", run.keys[EVENTS])  # which travels behind it
+
+
+async def test_a_runs_context_is_not_sent_once_more_at_its_end(space):
+    worker, text = space.worker(), "a long text"
+    found = exchanges(worker.executor.link)
+
+    await end_of(await flow("a", {"x": text}).run({}, space.executor))
+
+    assert COMMIT.digest in str(found) and text not in str(found)
+
+
+async def test_a_wide_map_starts_its_children_a_few_at_a_time(space):
+    worker = space.worker()
+    found = exchanges(worker.executor.link)
+
+    await end_of(await family("m", m=MAP).run({"items": [*range(40)]}, space.executor))
+
+    starts = [[START.digest in command for command in batch].count(True) for batch in found]
+    assert sum(starts) == 40 and max(starts) <= 10
 
 
 async def test_who_follows_events_asks_about_ten_times_a_second(space):
