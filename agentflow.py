@@ -734,7 +734,6 @@ class MemoryRun(Run):
         self.tasks = [asyncio.create_task(self._branch(ready))]  # else the event loop forgets them
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
-        """What has happened, from the start; to follow it, also what happens until the end."""
         seen = 0
         while (follow and self.phase == RUNNING) or seen < len(self.history):
             if seen == len(self.history):
@@ -743,7 +742,6 @@ class MemoryRun(Run):
             seen += 1
 
     async def status(self) -> Status:
-        """Where the run stands now."""
         more = {"error": self.error, "usage": dict(self.usage), "tokens": {**self.state.tokens}}
         return Status.of(self, self.flow.id, self.phase, self.context, **more)
 
@@ -1383,7 +1381,6 @@ class RedisRun(Run):
         return Status.of(self, self.origin.flow, self.phase, self.context, **more)
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
-        """What has happened, from the start; to follow it, also what happens until the end."""
         last, send = "-", self.executor.send
         while True:  # the status first: all events up to the run's end are then there to be read
             status = await send("HGET", self.keys[RUN], "status")
