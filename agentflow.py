@@ -1572,7 +1572,8 @@ class Worker:
         """One delivery of a job; one that a commit of this worker has kept comes with its run."""
         held = self.held[job]
         try:
-            if not (claimed := (run, []) if run else await self._claim(job)):
+            claimed = (run, []) if run else await self._claim(job)
+            if not claimed:
                 await self._give_back(job)  # RELEASE knows where to
                 return
             run, told = claimed
