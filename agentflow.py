@@ -1073,8 +1073,9 @@ return status
 # RELEASE takes a job from a worker's list (I2); a `count` says for how much it is to wait. If its
 # run is running, the job is next in `ready` or, while it waits, parked. If its run has failed, it
 # is parked; if it is done or its run cancelled, dropped. `dead`: all this only while the worker's
-# heartbeat is missing. `crashed` adds 1 to the job's crashes; but from the second on a job is only
-# run alone, so if the list had others `beside` it, it waited, and one of these was to blame.
+# heartbeat is missing. `crashed` adds 1 to the job's crashes, unless it had only to be parked; but
+# from the second on a job is only run alone, so if the list had others `beside` it, it waited, and
+# one of these was to blame.
 #   a     job dead crashed beside, count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
 RELEASE = Script("""
@@ -1086,7 +1087,7 @@ if status == 'running' and a.count and a.count < tonumber(count or 0) and tonumb
 end
 if call('LREM', mine, 0, a.job) == 0 then return 0 end
 local crashes = tonumber(call('HGET', run, 'crashes ' .. a.job) or 0)
-if status and a.crashed and not (a.beside and crashes > 1) then
+if status and a.crashed and not waits(a.job) and not (a.beside and crashes > 1) then
   call('HSET', run, 'crashes ' .. a.job, crashes + 1)
 end
 if status == 'running' and a.count then
@@ -1156,8 +1157,8 @@ PASSING = re.compile(  # errors that pass, by code; in a script's error a dash i
     r"(^|-)(ASK|BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
     r"|TRYAGAIN|UNBLOCKED)|max number of clients"
 )
-# What a new connection mends: it may lead to our keys' new master, and it loads the scripts.
-STALE = re.compile(r"\b(MOVED|NOSCRIPT|READONLY)\b")
+# Which of these are an outage: a new connection may lead to our keys' master, with our scripts.
+OUTAGE = re.compile(r"\b(CLUSTERDOWN|MASTERDOWN|MOVED|NOSCRIPT|READONLY)\b")
 
 
 def transient(error: BaseException) -> bool:
@@ -1251,8 +1252,8 @@ class Link:
                     try:
                         replies.append(await self._connection.read_response())
                     except exceptions.ResponseError as refusal:
-                        stale = STALE.search(f"{refusal.status_code} {refusal}")
-                        if stale or len(replies) < len(loads):  # or a script is refused
+                        outage = OUTAGE.search(f"{refusal.status_code} {refusal}")
+                        if outage or len(replies) < len(loads):  # or a script is refused
                             raise
                         replies.append(refusal)
                     if clock() > latest + 1:  # a new timer for each reply would cost more

@@ -2610,14 +2610,14 @@ async def test_a_worker_may_die_between_starting_a_child_and_parking(space, gate
     assert len(gate.begun("x")) == 2  # here and in memory
 
 
-async def test_a_job_that_only_has_to_wait_is_parked_by_whoever_gives_it_back(space):
-    parent = family("s -> b", s=SUB)
+async def test_a_job_that_only_has_to_wait_is_parked_by_whoever_gives_it_back_uncharged(space):
+    parent = family("s -> b", s=SUB | ONCE)
     run = await parent.run({}, space.executor)
     hand = Hand(space, parent, run, alive=100)
     job = hand.take("s")
     await hand.start_child(job)
 
-    await hand.view.change(RELEASE, job=job)
+    await hand.view.change(RELEASE, job=job, crashed=True)
 
     assert job not in space.lists() and space.redis.hexists(run.keys[PARKED], f"{job} is parked")
     space.worker()
@@ -3642,12 +3642,13 @@ async def test_what_leads_to_a_redis_that_hangs_can_be_closed(tmp_path):
     server.kill()
 
 
-STALE = ["MOVED 7429 127.0.0.1:1", "READONLY You can't write.", "NOSCRIPT No matching script."]
-STALE += ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
+REFUSED_ALL = ["MOVED 7429 127.0.0.1:1", "READONLY You can't write.", "NOSCRIPT No matching."]
+REFUSED_ALL += ["CLUSTERDOWN Hash slot not served", "MASTERDOWN Link with MASTER is down."]
+REFUSED_ALL += ["Error running script (call to f_1): @user_script:1: -READONLY You can't write."]
 
 
-@pytest.mark.parametrize("text", STALE)
-async def test_a_server_that_is_demoted_or_lacks_our_scripts_is_asked_anew(space, text):
+@pytest.mark.parametrize("text", REFUSED_ALL)
+async def test_a_server_that_refuses_reads_or_lacks_our_scripts_is_an_outage(space, text):
     link, key = space.executor.link, space.key("none")
     await link.send("EXISTS", key)
     connection, left = link._connection, []
@@ -3667,6 +3668,7 @@ async def test_a_server_that_is_demoted_or_lacks_our_scripts_is_asked_anew(space
     connection.read_response, connection.disconnect = read_response, leave
 
     assert await link.send("EXISTS", key) == 0 and left
+    assert link.settled_at > time.monotonic() + 5  # others may come back later
 
 
 async def test_after_an_outage_others_are_given_the_time_for_which_they_may_still_wait(space):
