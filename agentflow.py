@@ -734,6 +734,7 @@ class MemoryRun(Run):
         self.tasks = [asyncio.create_task(self._branch(ready))]  # else the event loop forgets them
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
+        """What has happened, from the start; to follow it, also what happens until the end."""
         seen = 0
         while (follow and self.phase == RUNNING) or seen < len(self.history):
             if seen == len(self.history):
@@ -742,6 +743,7 @@ class MemoryRun(Run):
             seen += 1
 
     async def status(self) -> Status:
+        """Where the run stands now."""
         more = {"error": self.error, "usage": dict(self.usage), "tokens": {**self.state.tokens}}
         return Status.of(self, self.flow.id, self.phase, self.context, **more)
 
@@ -1070,12 +1072,12 @@ end
 return status
 """)
 
-# RELEASE takes a job from a worker's list (I2); a `count` says for how much it is to wait. If its
-# run is running, the job is next in `ready` or, while it waits, parked. If its run has failed, it
-# is parked; if it is done or its run cancelled, dropped. `dead`: all this only while the worker's
-# heartbeat is missing. `crashed` adds 1 to the job's crashes, unless it had only to be parked; but
-# from the second on a job is only run alone, so if the list had others `beside` it, it waited, and
-# one of these was to blame.
+# RELEASE takes a job from a worker's list (I2). If its run is running, the job is next in `ready`
+# or, if it waits, parked: for what was noted of it before or, the first time, for `count`. If its
+# run has failed, it is parked; if it is done or its run cancelled, dropped. `dead`: all this only
+# while the worker's heartbeat is missing. `crashed` adds 1 to the job's crashes, unless it had only
+# to be parked; but from the second on a job is only run alone, so if the list had others `beside`
+# it, it waited, and one of these was to blame.
 #   a     job dead crashed beside, count question event
 #   gives 1 if it was in custody, -1 if it would wait for a child that nobody starts any more
 RELEASE = Script("""
@@ -1157,7 +1159,8 @@ PASSING = re.compile(  # errors that pass, by code; in a script's error a dash i
     r"(^|-)(ASK|BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|MOVED|NOREPLICAS|NOSCRIPT|OOM|READONLY"
     r"|TRYAGAIN|UNBLOCKED)|max number of clients"
 )
-# Which of these are an outage: a new connection may lead to our keys' master, with our scripts.
+# Of these, an outage, as if the connection were lost: what refuses reads, too, and what a new
+# connection mends, for it may lead to our keys' new master, and loads the scripts.
 OUTAGE = re.compile(r"\b(CLUSTERDOWN|MASTERDOWN|MOVED|NOSCRIPT|READONLY)\b")
 
 
@@ -1382,6 +1385,7 @@ class RedisRun(Run):
         return Status.of(self, self.origin.flow, self.phase, self.context, **more)
 
     async def events(self, follow: bool = True) -> AsyncIterator[Event]:
+        """What has happened, from the start; to follow it, also what happens until the end."""
         last, send = "-", self.executor.send
         while True:  # the status first: all events up to the run's end are then there to be read
             status = await send("HGET", self.keys[RUN], "status")
@@ -1698,8 +1702,8 @@ class Worker:
         a: dict[str, Any] = {"seen": run.version, "version": version, "jobs": [*ended]}
         a |= {"state": encode(state._asdict()), "usage": usage, "done": done, "values": changes}
         if not state.tokens:
-            result = run.origin.parent and result_of(run.context | changes, run.origin.gives)
-            a |= run.ending(COMPLETED, result=result)
+            values = run.context | changes if run.origin.parent else {}  # a root tells nobody
+            a |= run.ending(COMPLETED, result=result_of(values, run.origin.gives))
         return ended, state, ready, a
 
     async def _park(self, job: str, run: RedisRun, node: Node, park: Park) -> None:
