@@ -42,7 +42,8 @@ What holds, whatever is killed, whenever; each is named where it is upheld:
     I4  With deterministic nodes, executors agree in the context and in each (node, visit, action).
     I5  Every key of a run has a TTL. Besides, a run leaves only its entry in the list of runs.
 
-Not promised: that a node executes only once; what Redis itself loses; an order between runs.
+Not promised: that a node executes only once; that a job with which five workers have died is run
+once more; what Redis itself loses; an order between runs.
 
 Sections: 1 Context, 2 Node, 3 Flow and the one rule, 4 Registry, 5 In memory,
 6 Redis: keys and scripts, 7 Redis: starting and steering runs, 8 Redis: the worker.
